@@ -1,0 +1,43 @@
+# The commands of this project; `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+export PYTHONWARNINGS ?= ignore::DeprecationWarning
+
+.DEFAULT_GOAL := help
+.PHONY: help install table1 test notebooks pytest lint export clean-notebooks cost lab
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: .venv/.installed ## create .venv and install the project with the tested versions
+
+table1: install ## run the main experiment on bundled real data (profile quick); prints the table
+	@mkdir -p figures/executed
+	$(BIN)/papermill --no-progress-bar --log-output nbs/run_table1.ipynb figures/executed/run_table1.ipynb
+	@$(BIN)/python -m cmim_repro.report.show figures/executed/run_table1.ipynb
+
+test: notebooks pytest ## all notebooks as tests, then pytest
+
+notebooks: install
+	CMIM_PROFILE=smoke CMIM_STORE=$${TMPDIR:-/tmp}/cmim-repro-test-store $(BIN)/nbdev_test --n_workers 2
+
+pytest: install
+	$(BIN)/python -m pytest -q -n 2
+
+lint: install ## ruff on notebooks, package and tests
+	$(BIN)/ruff check nbs cmim_repro tests
+
+export: install ## write the package from the notebooks and clean them
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+lab: install ## open the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs/index.ipynb
