@@ -1,0 +1,338 @@
+"Data sets: properties of the batches, hostile and damaged files, downloads, and (with CMIM_TEST_DATA) the real files."
+import functools
+import hashlib
+import http.server
+import os
+import pickle
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from cmim_repro.core import Invalid, Unusable, keyed_generator
+from cmim_repro.lab.data.cifar100 import read_pickle
+from cmim_repro.lab.data.core import (
+    Crop,
+    Facts,
+    Flip,
+    Rotation,
+    TensorDataSet,
+    augmented,
+    batch_places,
+    chosen_samples,
+    dataset,
+    fetch,
+    random_crop,
+    random_rotation,
+    rank_share,
+    step_count,
+)
+
+REAL = os.environ.get('CMIM_TEST_DATA')
+real = pytest.mark.skipif(not REAL, reason='CMIM_TEST_DATA does not name a folder with the real data sets')
+
+
+def noise(*shape, seed=0): return torch.randint(256, shape, dtype=torch.uint8, generator=keyed_generator(seed, 'noise'))
+
+
+def drawn(device='cpu', count=70):
+    "A data set of noise with every kind of augmentation."
+    facts = Facts('noise', [f'class {i}' for i in range(5)], (.4, .5, .6), (.2, .3, .25), (Rotation(20), Crop(3, 'edge'), Crop(2), Flip()))
+    return TensorDataSet(facts, {'train': noise(count, 3, 20, 16), 'test': noise(11, 3, 20, 16, seed=1)},
+                         {'train': torch.arange(count) % 5, 'test': torch.arange(11) % 5}, device)
+
+
+# ---- augmentation
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.sampled_from([1, 3]), st.integers(2, 12), st.integers(2, 12), st.integers(0, 5), st.sampled_from(['constant', 'edge']))
+def test_crop_is_torchvisions(count, channels, height, width, padding, mode):
+    images = noise(count, channels, height, width)
+    offsets = Crop(padding).draw(count, keyed_generator(count, height, width))
+    plain = [TF.crop(TF.pad(image, padding, padding_mode=mode), int(y), int(x), height, width) for image, (y, x) in zip(images, offsets, strict=True)]
+    assert torch.equal(random_crop(images, padding, offsets, mode), torch.stack(plain))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(-180, 180), st.integers(4, 40), st.integers(4, 40))
+def test_rotation_is_torchvisions(angle, height, width):
+    images = noise(2, 3, height, width)
+    turned = random_rotation(images, torch.tensor([angle, angle], dtype=torch.float32))
+    same = (turned == TF.rotate(images, angle)).float().mean()
+    at_ties = min(abs(angle) % 45, 45 - abs(angle) % 45) < 1
+    assert same == 1 or same > (.5 if at_ties else .97), same
+
+
+def test_crop_offsets_cover_their_range_evenly():
+    counts = torch.bincount(Crop(4).draw(90_000, keyed_generator(0)).flatten(), minlength=9)
+    assert len(counts) == 9 and (counts / 20_000 - 1).abs().max() < .04
+    assert abs(Flip().draw(90_000, keyed_generator(0)).float().mean() - .5) < .01
+    angles = Rotation(20).draw(90_000, keyed_generator(0))
+    assert -20 <= angles.min() < -19.9 and 19.9 < angles.max() <= 20 and angles.mean().abs() < .2
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+def test_cuda_batches_are_the_cpus():
+    here, there = (list(drawn(device).batches('train', 16, augment='standard', shuffle=True, seed=3)) for device in ('cpu', 'cuda'))
+    for a, b in zip(here, there, strict=True):
+        assert b[0].is_cuda and torch.equal(a[1], b[1].cpu()) and torch.equal(a[2], b[2].cpu())
+        assert (a[0] - b[0].cpu()).abs().gt(1e-5).float().mean() < 1e-3 # cosines differ in the last bit; a tie may fall the other way
+
+
+# ---- batches
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 70), st.integers(1, 5))
+def test_every_image_once_and_two_for_every_process(count, batch_size, world):
+    if min(count, batch_size) < world:
+        with pytest.raises(Invalid, match='cannot be shared'): step_count(count, batch_size, world)
+        return
+    batches = list(batch_places(torch.arange(count), batch_size, world))
+    assert torch.cat(batches).tolist() == list(range(count)) and len(batches) == step_count(count, batch_size, world)
+    for batch in batches:
+        shares = [batch[rank_share(len(batch), rank, world)] for rank in range(world)]
+        assert torch.equal(torch.cat(shares), batch)
+        if min(count, batch_size) >= 2 * world: assert min(map(len, shares)) >= 2
+
+
+@pytest.mark.parametrize('world', [1, 2, 3])
+def test_processes_share_one_stream(world):
+    data = drawn()
+    options = {'augment': 'standard', 'shuffle': True, 'seed': 5, 'epoch': 2}
+    alone = list(data.batches('train', 16, **options))
+    ranks = [list(data.batches('train', 16, rank=rank, world=world, **options)) for rank in range(world)]
+    assert len(alone) == len(ranks[0]) == data.steps('train', 16, world)
+    for step, one in enumerate(alone):
+        for part in range(3): assert torch.equal(torch.cat([r[step][part] for r in ranks]), one[part])
+
+
+def test_batches_leave_the_global_generator_alone():
+    data = drawn()
+    before = torch.get_rng_state()
+    list(data.batches('train', 16, augment='standard', shuffle=True))
+    data.take('train', [1, 2], augment='standard', key=(1,))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_batch_does_not_depend_on_the_one_before():
+    data = drawn()
+    batches = list(data.batches('train', 16, augment='standard', shuffle=True, seed=9, epoch=1))
+    images, _, places = batches[2]
+    assert torch.equal(images, data.take('train', places, augment='standard', key=(9, 'augment', 1, 2)))
+    assert not torch.equal(images, data.take('train', places, augment='standard', key=(9, 'augment', 1, 3)))
+
+
+@pytest.mark.parametrize('call,message', [
+    (lambda d: d.batches('train', 0), 'batch_size is 0; it must be a whole number from 1'),
+    (lambda d: d.batches('train', 2.5), 'batch_size is 2.5'),
+    (lambda d: d.batches('training', 4), "Unknown split 'training'; accepted: train, held_out, test"),
+    (lambda d: d.batches('held_out', 4), 'The held_out part of noise is empty; give held_out'),
+    (lambda d: d.batches('train', 4, augment='mixup'), "Unknown augmentation 'mixup'; accepted: none, standard"),
+    (lambda d: d.batches('train', 4, rank=-1), 'rank is -1; it must be a whole number from 0 up to 0'),
+    (lambda d: d.take('train', [70]), 'Positions run from 70 to 70; the train part of noise has 70 images'),
+    (lambda d: d.take('train', [-1]), 'Positions run from -1 to -1'),
+])
+def test_bad_requests_are_one_sentence(call, message):
+    with pytest.raises(Invalid) as refusal: call(drawn())
+    assert message in str(refusal.value) and '\n' not in str(refusal.value)
+
+
+@pytest.mark.parametrize('images,labels,message', [
+    (torch.zeros(4, 3, 8, 8), torch.zeros(4).long(), 'type torch.float32; they must be uint8 of shape'),
+    (noise(4, 8, 8), torch.zeros(4).long(), r'shape \(4, 8, 8\)'),
+    (noise(4, 3, 8, 8), torch.zeros(3).long(), 'they must be 4 whole numbers'),
+    (noise(4, 3, 8, 8), torch.tensor([0, 1, 2, 1]), 'labels run from 0 to 2; there are 2 classes'),
+    (noise(4, 3, 8, 8), torch.tensor([0, -1, 1, 1]), 'labels run from -1 to 1'),
+])
+def test_images_and_labels_must_fit(images, labels, message):
+    with pytest.raises(Invalid, match=message): TensorDataSet(Facts('bad', ['a', 'b'], (.5,) * 3, (.5,) * 3), {'train': images}, {'train': labels})
+
+
+# ---- splits
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 6), st.integers(2, 30), st.floats(0, .9), st.integers(0, 5))
+def test_splits_are_stratified_and_disjoint(classes, each, held_out, seed):
+    labels, names = torch.arange(classes * each) % classes, [f'c{i}' for i in range(classes)]
+    places = chosen_samples(labels, labels, range(classes), names, held_out=held_out, split_seed=seed)
+    assert sorted(places['train'].tolist() + places['held_out'].tolist()) == list(range(len(labels)))
+    counts = labels[places['held_out']].bincount(minlength=classes)
+    assert len(counts.unique()) == 1 and (counts[0] > 0) == (held_out > 0) and counts[0] < each
+    if each > 3: assert abs(float(counts[0]) - held_out * each) <= 1
+
+
+def test_held_out_does_not_depend_on_the_other_classes():
+    few, many = (dataset('digits', classes=c, held_out=.1) for c in (['three', 'eight'], None))
+    pictures = lambda data, label: {bytes(x) for x in data._images['held_out'][data.labels('held_out') == label].flatten(1).numpy()}
+    assert pictures(few, 0) == pictures(many, 3) and pictures(few, 1) == pictures(many, 8)
+
+
+# ---- hostile and damaged pickles
+
+class Calls:
+    "A pickle that calls a function when it is read."
+    def __init__(self, function, *arguments): self.function, self.arguments = function, arguments
+    def __reduce__(self): return self.function, self.arguments
+
+
+@pytest.mark.parametrize('function,arguments,name', [
+    (os.system, ('true',), 'posix.system'), (eval, ('1',), 'eval'), (getattr, (1, 'real'), 'getattr'), (Path, ('/',), 'Path'),
+    (np.load, ('x.npy',), 'numpy.load'), (torch.load, ('x.pt',), 'load'), (bytearray, (3,), 'bytearray')])
+@pytest.mark.parametrize('protocol', [0, 2, 4, 5])
+def test_a_pickle_runs_nothing(function, arguments, name, protocol):
+    with pytest.raises(Unusable) as refusal: read_pickle('train', pickle.dumps({'data': Calls(function, *arguments)}, protocol))
+    assert name in str(refusal.value) and 'was not run' in str(refusal.value) and '\n' not in str(refusal.value)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused(content):
+    try: assert isinstance(read_pickle('train', content), dict)
+    except Unusable as refusal: assert str(refusal).startswith('train ')
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_damaged_pickle_is_read_or_refused(data):
+    content = bytearray(pickle.dumps({'data': np.arange(24, dtype=np.uint8).reshape(2, 12), 'fine_labels': [1, 2]}, data.draw(st.sampled_from([2, 4, 5]))))
+    content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    try: record = read_pickle('train', bytes(content))
+    except Unusable as refusal: assert str(refusal).startswith('train ')
+    else: assert isinstance(record, dict)
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    "Files in CIFAR-100's layout, two images a class."
+    folder = tmp_path / 'cifar-100-python'
+    folder.mkdir()
+    labels = [i % 100 for i in range(200)]
+    for part in ('train', 'test'):
+        record = {'data': noise(200, 3072).numpy(), 'fine_labels': labels, 'coarse_labels': [i // 5 for i in labels], 'filenames': ['x.png'] * 200}
+        (folder / part).write_bytes(pickle.dumps(record, 4))
+    meta = {'fine_label_names': [f'f{i}' for i in range(100)], 'coarse_label_names': [f'c{i}' for i in range(20)]}
+    (folder / 'meta').write_bytes(pickle.dumps(meta, 2))
+    return tmp_path
+
+
+def test_unverified_files_need_permission(cifar, monkeypatch):
+    monkeypatch.delenv('CMIM_ALLOW_UNVERIFIED', raising=False)
+    with pytest.raises(Unusable) as refusal: dataset('cifar100', root=cifar)
+    assert 'train has the md5 sum' in str(refusal.value) and '-p allow_unverified True' in str(refusal.value)
+    monkeypatch.setenv('CMIM_ALLOW_UNVERIFIED', '1')
+    assert not dataset('cifar100', root=cifar).verified
+
+
+@pytest.mark.parametrize('file', ['train', 'test', 'meta'])
+@pytest.mark.parametrize('keep', [0, 1, 50, -1])
+def test_truncated_files_are_named(cifar, file, keep):
+    path = cifar / 'cifar-100-python' / file
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(Unusable) as refusal: dataset('cifar100', root=cifar, allow_unverified=True)
+    assert str(path) in str(refusal.value) and 'is damaged' in str(refusal.value) and '\n' not in str(refusal.value)
+
+
+def test_a_folder_in_place_of_a_file(cifar):
+    (cifar / 'cifar-100-python' / 'meta').unlink()
+    (cifar / 'cifar-100-python' / 'meta').mkdir()
+    with pytest.raises(Unusable, match='has no meta'): dataset('cifar100', root=cifar, allow_unverified=True)
+
+
+# ---- downloads
+
+@pytest.fixture
+def server(tmp_path):
+    "(address, sum, list of requests) of a small web server with one archive."
+    (tmp_path / 'site').mkdir()
+    (tmp_path / 'inside.txt').write_text('here')
+    with tarfile.open(tmp_path / 'site' / 'a.tar', 'w') as tar: tar.add(tmp_path / 'inside.txt', 'inside.txt')
+    asked = []
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_): asked.append(self.path)
+
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(tmp_path / 'site'))) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        total = hashlib.md5((tmp_path / 'site' / 'a.tar').read_bytes()).hexdigest()
+        yield f'http://127.0.0.1:{running.server_address[1]}/a.tar', total, asked
+        running.shutdown()
+
+
+def test_several_processes_fetch_once(server, tmp_path):
+    url, total, asked = server
+    target = tmp_path / 'new'
+    threads = [threading.Thread(target=fetch, args=(url, 'a.tar', total, target, (target / 'inside.txt').exists)) for _ in range(4)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    assert (target / 'inside.txt').read_text() == 'here' and len(asked) <= 2 # torchvision may ask for redirections first
+
+
+def test_an_archive_with_another_sum_is_not_unpacked(server, tmp_path):
+    with pytest.raises(Unusable, match='a.tar could not be fetched'): fetch(server[0], 'a.tar', '0' * 32, tmp_path / 'new', lambda: False)
+    assert not (tmp_path / 'new' / 'inside.txt').exists()
+
+
+# ---- ImageNet's layout
+
+def test_streamed_images_do_not_depend_on_workers(tmp_path):
+    rng = np.random.default_rng(0)
+    for part in ('train', 'val'):
+        for wnid in ('n01', 'n02'):
+            (tmp_path / part / wnid).mkdir(parents=True)
+            for i in range(20): Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / part / wnid / f'{i:02}.JPEG')
+    before = torch.get_rng_state()
+    streams = [list(dataset('imagenet', root=tmp_path, image_size=32, workers=workers).batches('train', 18, augment='standard', shuffle=True))
+               for workers in (0, 1, 2)]
+    assert torch.equal(before, torch.get_rng_state()) and len(streams[0]) == 3
+    for other in streams[1:]:
+        for a, b in zip(streams[0], other, strict=True): assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_flat_validation_folder_says_how_to_arrange_it(tmp_path):
+    (tmp_path / 'train' / 'n01').mkdir(parents=True)
+    (tmp_path / 'val').mkdir()
+    with pytest.raises(Unusable, match='has no class folders; arrange it with torchvision.datasets.ImageNet'): dataset('imagenet', root=tmp_path)
+
+
+def test_augmented_draws_for_the_whole_batch():
+    images, steps = noise(9, 3, 8, 8), [Rotation(10), Crop(1), Flip()]
+    whole = augmented(images, steps, keyed_generator(1))
+    assert torch.equal(whole[4:7], augmented(images[4:7], steps, keyed_generator(1), 9, slice(4, 7)))
+
+
+# ---- the real files
+
+@real
+def test_real_cifar100():
+    data = dataset('cifar100', root=REAL, allow_unverified=True)
+    assert [data.size('train'), data.size('test')] == [50_000, 10_000] and data.labels('train').bincount().tolist() == [500] * 100
+    pixels = data._images['train'].double() / 255
+    assert torch.allclose(pixels.mean((0, 2, 3)), torch.tensor(data.mean).double(), atol=1e-6)
+    assert torch.allclose(pixels.std((0, 2, 3)), torch.tensor(data.std).double(), atol=1e-5)
+    groups = {data.superclass_names[g]: [n for n, h in zip(data.class_names, data.superclasses, strict=True) if h == g] for g in range(20)}
+    assert groups['aquatic_mammals'] == ['beaver', 'dolphin', 'otter', 'seal', 'whale']
+
+
+@real
+def test_real_tinyimagenet(tmp_path, monkeypatch):
+    monkeypatch.setenv('CMIM_DATA', str(tmp_path))
+    data = dataset('tinyimagenet', root=REAL)
+    assert data.size('train') == 500 * data.num_classes and data.size('test') == 50 * data.num_classes
+    assert data.labels('test').bincount().tolist() == [50] * data.num_classes
+    again = dataset('tinyimagenet', root=REAL)
+    assert again.checksum == data.checksum and torch.equal(again._images['test'], data._images['test'])
+
+
+@real
+def test_real_imagenet():
+    data = dataset('imagenet', root=Path(REAL) / 'imagenet', per_class=20, test_per_class=4)
+    images, labels, _ = next(data.batches('train', 32, augment='standard', shuffle=True))
+    assert images.shape == (32, 3, 224, 224) and 0 < images.std() < 3 and len(labels.unique()) > 3
