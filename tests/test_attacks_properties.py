@@ -1,0 +1,179 @@
+"""What theory says of every attack, on inputs that hypothesis chooses."""
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cmim_repro.attacks.core import attack
+from cmim_repro.core import Invalid
+
+NAMES = ['avg', 'dist', 'dkd', 'htc', 'kd', 'knockoff', 'mkd', 'scm']
+VARIANTS = [(name, variant) for name in NAMES for variant in attack.variants(name)]
+METHODS = pytest.mark.parametrize('name,variant', VARIANTS)
+ZEROS = ['none', 'tail', 'label', 'all_but_label', 'one_other', 'column']
+
+
+def make(name, variant, C, dtype=torch.float64):
+    return attack(name, variant, **({'num_classes': C} if name == 'mkd' else {})).to(dtype)
+
+
+def zeroed(log_probs, labels, kind):
+    "Answers with exact zeros where a defence may put them."
+    B, C = log_probs.shape
+    label = torch.nn.functional.one_hot(labels, C).bool()
+    keep = {'none': torch.ones(B, C, dtype=torch.bool), 'tail': log_probs >= log_probs.median(1, keepdim=True).values, 'label': ~label,
+            'all_but_label': label, 'one_other': torch.nn.functional.one_hot((labels + 1) % C, C).bool(), 'column': torch.arange(C).expand(B, C) > 0}[kind]
+    return log_probs.masked_fill(~keep, -torch.inf).log_softmax(1)
+
+
+@st.composite
+def batches(draw, kinds=tuple(ZEROS), dtypes=(torch.float32, torch.float64)):
+    B, C = draw(st.integers(1, 6)), draw(st.integers(2, 12))
+    dtype, scale = draw(st.sampled_from(dtypes)), draw(st.sampled_from([0., 1., 10., 50.]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    student, teacher = (2*torch.rand(2, B, C, generator=generator, dtype=dtype) - 1) * scale
+    labels = torch.randint(C, (B,), generator=generator)
+    return student, zeroed(teacher.log_softmax(1), labels, draw(st.sampled_from(kinds))), labels
+
+
+@METHODS
+@given(batch=batches(), epoch=st.sampled_from([None, 0, 19, 300]))
+@settings(max_examples=40, deadline=None)
+def test_finite_and_not_negative(name, variant, batch, epoch):
+    student, teacher, labels = batch
+    student = student.clone().requires_grad_()
+    module = make(name, variant, student.shape[1], student.dtype)
+    value = module(student, teacher, labels, epoch)
+    value.backward()
+    assert value.ndim == 0 and value.isfinite() and student.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+    assert value >= (-1e-4 if student.dtype == torch.float32 else -1e-10)
+
+
+@METHODS
+@given(batch=batches(dtypes=(torch.float64,)), key=st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_renaming_the_classes_changes_nothing(name, variant, batch, key):
+    student, teacher, labels = batch
+    C = student.shape[1]
+    order = torch.randperm(C, generator=torch.Generator().manual_seed(key))
+    plain = make(name, variant, C)
+    renamed = copy.deepcopy(plain)
+    if name == 'mkd':
+        with torch.no_grad():
+            renamed.factors.copy_(plain.factors[order][:, :, order])
+            renamed.scale.copy_(plain.scale[order])
+    expected, got = plain(student, teacher, labels, 3), renamed(student[:, order], teacher[:, order], order.argsort()[labels], 3)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@METHODS
+@given(batch=batches(dtypes=(torch.float64,)), key=st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_order_of_the_samples_does_not_matter(name, variant, batch, key):
+    student, teacher, labels = batch
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(key))
+    module = make(name, variant, student.shape[1])
+    torch.testing.assert_close(module(student[order], teacher[order], labels[order]), module(student, teacher, labels), rtol=1e-9, atol=1e-9)
+
+
+@METHODS
+@given(batch=batches(kinds=('none',), dtypes=(torch.float64,)), shift=st.floats(-20, 20))
+@settings(max_examples=25, deadline=None)
+def test_a_constant_added_to_logits_is_not_seen(name, variant, batch, shift):
+    student, teacher, labels = batch
+    module = make(name, variant, student.shape[1])
+    torch.testing.assert_close(module(student + shift, teacher, labels), module(student, teacher, labels), rtol=1e-8, atol=1e-8)
+
+
+SOFT_ONLY = [('kd', {'weight': 1.}), ('scm', {'weight': 1.}), ('htc', {'ce_weight': 0.}), ('dkd', {'ce_weight': 0.}),
+             ('knockoff', {})]
+
+
+@pytest.mark.parametrize('name,options', SOFT_ONLY)
+@given(batch=batches(kinds=('none',), dtypes=(torch.float64,)))
+@settings(max_examples=40, deadline=None)
+def test_a_student_that_is_the_teacher_feels_nothing(name, options, batch):
+    _, teacher, labels = batch
+    student = teacher.clone().requires_grad_()
+    attack(name, **options)(student, teacher, labels).backward()
+    assert student.grad.abs().max() < 1e-10
+
+
+@given(B=st.integers(8, 40), C=st.integers(4, 12), scale=st.floats(2, 6), seed=st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_dist_asks_for_a_linear_relation_only(B, C, scale, seed):
+    # Kept from tiny batches and flat answers, where the 1e-8 that DIST adds to the product of norms leaves a remainder.
+    generator = torch.Generator().manual_seed(seed)
+    teacher = (scale * torch.randn(B, C, generator=generator, dtype=torch.float64)).log_softmax(1)
+    dist = attack('dist', 'paper')
+    for share in (0., .3, .8):
+        student = ((1 - share)*teacher.exp() + share/C).log().requires_grad_()
+        inter, intra = dist.relations(student, teacher)
+        assert 0 <= inter < 1e-4 and 0 <= intra < 1e-2
+    assert dist.relations(-teacher, teacher)[0] > .1
+
+
+@given(batch=batches(kinds=('none', 'tail'), dtypes=(torch.float64,)), T=st.floats(.5, 30))
+@settings(max_examples=40, deadline=None)
+def test_only_a_student_that_agrees_has_no_soft_loss(batch, T):
+    student, teacher, labels = batch
+    divergence = attack('kd', weight=1., temperature=T)(student, teacher, labels)
+    distance = ((student/T).softmax(1) - (teacher/T).softmax(1)).abs().sum(1)
+    assert divergence / T**2 >= (distance**2).mean()/2 - 1e-12  # Pinsker's inequality
+
+
+@METHODS
+@pytest.mark.parametrize('half', [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(name, variant, half):
+    student, teacher, labels = torch.randn(4, 6).to(half), torch.randn(4, 6).log_softmax(1), torch.tensor([0, 1, 1, 5])
+    module = make(name, variant, 6, torch.float32)
+    with torch.autocast('cpu', torch.bfloat16): value = module(student, teacher, labels)
+    assert value.dtype == torch.float32
+    assert torch.equal(value, module(student.float(), teacher, labels))
+
+
+@METHODS
+def test_the_teacher_gets_no_gradient(name, variant):
+    teacher = torch.randn(4, 6).log_softmax(1).requires_grad_()
+    student = torch.randn(4, 6, requires_grad=True)
+    make(name, variant, 6, torch.float32)(student, teacher, torch.tensor([0, 1, 1, 5])).backward()
+    assert teacher.grad is None and student.grad.abs().sum() > 0
+
+
+@METHODS
+def test_shapes_are_checked(name, variant):
+    module, z, labels = make(name, variant, 6), torch.zeros(4, 6), torch.tensor([0, 1, 1, 5])
+    with pytest.raises(Invalid, match='no teacher_log_probs'): module(z, None, labels)
+    with pytest.raises(Invalid, match=r'teacher_log_probs have shape \(4, 5\)'): module(z, z[:, :5], labels)
+    with pytest.raises(Invalid, match=r'labels have shape \(3,\)'): module(z, z, labels[:3])
+    with pytest.raises(Invalid, match=r'student_logits have shape \(6,\)'): module(z[0], z[0], labels)
+
+
+def test_all_attacks_of_table_1_and_their_variants():
+    assert attack.names() == NAMES
+    for name in set(NAMES) - {'scm'}: assert {'published', 'authors', 'paper'} <= set(attack.variants(name))
+
+
+def test_the_memory_of_mkd_is_bounded_by_pieces():
+    C, B = 120, 30
+    mkd = attack('mkd', num_classes=C)
+    from cmim_repro.attacks.mkd import markov_output
+    probs, labels = torch.randn(B, C).softmax(1), torch.arange(B)
+    values = [markov_output(probs, labels, mkd.scale, mkd.factors, entries=entries) for entries in (2**24, 4*C*C)]
+    torch.testing.assert_close(values[0], values[1])
+    gradients = [torch.autograd.grad((value**2).sum(), [mkd.scale, mkd.factors]) for value in values]
+    for whole, cut in zip(*gradients, strict=True): torch.testing.assert_close(whole, cut)
+
+
+@pytest.mark.cuda
+@METHODS
+def test_the_same_on_a_gpu(name, variant):
+    if not torch.cuda.is_available(): pytest.skip('no CUDA device')
+    student, teacher, labels = torch.randn(8, 10, dtype=torch.float64), torch.randn(8, 10, dtype=torch.float64).log_softmax(1), torch.arange(8)
+    module = make(name, variant, 10)
+    here = module(student, teacher, labels)
+    there = module.cuda()(student.cuda(), teacher.cuda(), labels.cuda())
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-10, atol=1e-12)
