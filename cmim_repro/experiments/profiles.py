@@ -56,26 +56,26 @@ _SLOW = {name: {'lr': .01} for name in ('shufflenetv2', 'mobilenet', 'mobilenetv
 _KNOCKOFF = {'lr': .01, 'momentum': .5, 'weight_decay': 0., 'epochs': 100, 'batch_size': 64, 'schedule': 'step', 'step_epochs': 60, 'gamma': .1,
              'augment': 'none', 'warmup_epochs': 0}
 
-# %% ../../nbs/experiments/03_profiles.ipynb #1df39bed
+# %% ../../nbs/experiments/03_profiles.ipynb #b29d8617
 PAPER = (
     Task('cifar100', (('vgg16', 'vgg11'), ('vgg16', 'shufflenetv2'), ('resnet50', 'vgg11'), ('resnet50', 'resnet18')),
          RECIPES['authors'], RECIPES['authors'],
          options={'cmim': {'vgg16': {'weight': .5}, 'resnet50': {'weight': .2}}, 'nt': {'vgg16': {'weight': .005}, 'resnet50': {'weight': .01}},
-                  'dist': {'*': {'variant': 'paper'}}, 'mkd': {'*': {'dimension': 3}}, 'ls': {'*': {'epsilon': .05}}},
+                  'dist': {'*': {'variant': 'paper'}}, 'mkd': {'*': {'dimension': 3, 'initial_scale': 6.}}, 'ls': {'*': {'epsilon': .05}}},
          recipes={**_SLOW, 'knockoff': _KNOCKOFF}),
     Task('tinyimagenet', (('resnet34', 'resnet18'), ('resnet50', 'shufflenetv2')), RECIPES['authors'], RECIPES['authors'],
          defenses=('rsp', 'st', 'nt', 'ls', 'cmim'),
          options={'cmim': {'resnet34': {'weight': .1}, 'resnet50': {'weight': .5}}, 'nt': {'*': {'weight': .001}}, 'dist': {'*': {'variant': 'paper'}},
-                  'mkd': {'*': {'dimension': 5}}, 'ls': {'*': {'epsilon': .05}}}, recipes={**_SLOW, 'knockoff': _KNOCKOFF}),
+                  'mkd': {'*': {'dimension': 5, 'initial_scale': 6.}}, 'ls': {'*': {'epsilon': .05}}}, recipes={**_SLOW, 'knockoff': _KNOCKOFF}),
     Task('imagenet', (('imagenet_resnet34', 'imagenet_resnet18'), ('imagenet_resnet34', 'imagenet_mobilenetv2')), RECIPES['imagenet'], RECIPES['imagenet'],
          defenses=('st', 'cmim'),
-         options={'cmim': {'*': {'weight': .2}}, 'kd': {'*': {'temperature': 1}}, 'mkd': {'*': {'temperature': 1, 'dimension': 16}},
+         options={'cmim': {'*': {'weight': .2}}, 'kd': {'*': {'temperature': 1}}, 'mkd': {'*': {'temperature': 1, 'dimension': 16, 'initial_scale': 6.}},
                   'dkd': {'*': {'temperature': 1}},
                   'avg': {'*': {'temperature': 1}}, 'dist': {'*': {'variant': 'paper'}}},
          recipes={'knockoff': _KNOCKOFF, 'imagenet_mobilenetv2': {'epochs': 300, 'lr': .045, 'weight_decay': 4e-5, 'step_epochs': 1, 'gamma': .98}}),
 )
 
-# %% ../../nbs/experiments/03_profiles.ipynb #6d609913
+# %% ../../nbs/experiments/03_profiles.ipynb #a0824b19
 MINI_CLASSES = ('beaver', 'dolphin', 'otter', 'seal', 'whale', 'orchid', 'poppy', 'rose', 'sunflower', 'tulip',
                 'bicycle', 'bus', 'motorcycle', 'pickup_truck', 'train', 'bear', 'leopard', 'lion', 'tiger', 'wolf')
 _SMALL = Recipe(epochs=10, batch_size=128, lr=.1, schedule='cosine', nesterov=True, warmup_epochs=1)
@@ -83,11 +83,11 @@ _QUICK = Recipe(epochs=30, batch_size=64, lr=.1, schedule='cosine', nesterov=Tru
 _SMALL_KNOCKOFF = {'momentum': .5, 'weight_decay': 0., 'augment': 'none'}
 
 MINI = (Task('cifar100', (('cnn_medium', 'cnn_small'),), _SMALL, _SMALL, {'classes': list(MINI_CLASSES), 'held_out': .1},
-             options={'cmim': {'*': {'weight': 1.}}, 'dist': {'*': {'variant': 'paper'}}, 'dkd': {'*': {'warmup_epochs': 1}},
+             options={'cmim': {'*': {'weight': 1.}}, 'mkd': {'*': {'initial_scale': 6.}}, 'dist': {'*': {'variant': 'paper'}}, 'dkd': {'*': {'warmup_epochs': 1}},
                       'mad': {'*': {'surrogate': 'cnn_small'}}},
              recipes={'knockoff': _SMALL_KNOCKOFF}),)
 QUICK = (Task('digits', (('cnn_medium', 'cnn_tiny'),), _QUICK, _QUICK, {'per_class': 40, 'held_out': .25},
-              options={'cmim': {'*': {'weight': 2.}}, 'dist': {'*': {'variant': 'paper'}}, 'dkd': {'*': {'warmup_epochs': 1}}, 'mad': {'*': {'surrogate': 'cnn_small'}}},
+              options={'cmim': {'*': {'weight': 2.}}, 'mkd': {'*': {'initial_scale': 6.}}, 'dist': {'*': {'variant': 'paper'}}, 'dkd': {'*': {'warmup_epochs': 1}}, 'mad': {'*': {'surrogate': 'cnn_small'}}},
               recipes={'knockoff': _SMALL_KNOCKOFF}),)
 SMOKE = (replace(QUICK[0], pairs=(('cnn_small', 'cnn_tiny'),), teacher_recipe=replace(_QUICK, epochs=1, warmup_epochs=0), epsilons=(.1, .5),
                  student_recipe=replace(_QUICK, epochs=1, warmup_epochs=0), data_options={'per_class': 20, 'test_per_class': 10, 'held_out': .1}),)
