@@ -90,13 +90,13 @@ def check_finite(
     bad = ~torch.isfinite(scores)
     if bad.any(): raise Invalid(f'{what} hold {int(bad.sum())} non-finite values of {scores.numel()}, the first at {tuple(bad.nonzero()[0].tolist())}.')
 
-# %% ../nbs/00_core.ipynb #5d138a31
+# %% ../nbs/00_core.ipynb #d8fd2902
 class Registry:
     "Named classes or functions of one kind, found by importing the modules of a package."
     def __init__(self,
         what: str, # What the entries are, for messages: "attack"
         package: str, # The package whose modules register the entries
-    ): self.what, self.package, self._entries = what, package, {}
+    ): self.what, self.package, self._entries, self._loaded = what, package, {}, False
 
     def register(self, name, # Public name of the entry
                  variants=None, # Name to options, for versions beside `published`
@@ -110,8 +110,10 @@ class Registry:
         return add
 
     def _load(self):
+        if self._loaded: return
         package = importlib.import_module(self.package)
         for module in pkgutil.walk_packages(package.__path__, self.package + '.'): importlib.import_module(module.name)
+        self._loaded = True
 
     def names(self):
         "All names, sorted."

@@ -304,11 +304,11 @@ def execute_in_processes(
         file.unlink()
     return complaints(plan, store)
 
-# %% ../../nbs/experiments/04_execution.ipynb #316a9063
+# %% ../../nbs/experiments/04_execution.ipynb #02c6020a
 def _watch(children, logs, plan, store, progress):
     open_runs = list(plan.runs)
     while any(child.poll() is None for child in children):
-        time.sleep(.5)
+        time.sleep(2)
         open_runs = [run for run in open_runs if not store.finished(run)]
         if progress: progress(len(plan.runs) - len(open_runs), len(plan.runs), open_runs[0].name if open_runs else 'done')
         _raise_failures(children, logs)

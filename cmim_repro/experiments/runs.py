@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['kind_of', 'registry_of', 'canonical', 'Run', 'make_run', 'run_from_dict', 'check_options', 'with_teachers', 'Plan']
 
-# %% ../../nbs/experiments/01_runs.ipynb #cdccd222
+# %% ../../nbs/experiments/01_runs.ipynb #0ff3f241
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 
 from ..attacks.core import attack
 from ..core import Invalid, check_choice, check_number
@@ -52,7 +53,7 @@ def canonical(
     "The one JSON text for `value`."
     return json.dumps(_plain(value), sort_keys=True, separators=(',', ':'), allow_nan=False)
 
-# %% ../../nbs/experiments/01_runs.ipynb #4f84fafe
+# %% ../../nbs/experiments/01_runs.ipynb #c04bf9b7
 @dataclass(frozen=True, eq=False)
 class Run:
     "What shall be computed; its `id` is a hash of all of it."
@@ -66,13 +67,13 @@ class Run:
     options: Mapping = field(default_factory=dict) # Resolved options of the method
     teacher: 'Run|None' = None # The run that is attacked, protected, or turned away from
 
-    @property
+    @cached_property
     def kind(self): return kind_of(self.method)
     def to_dict(self): return {**{f.name: getattr(self, f.name) for f in fields(self)}, 'recipe': asdict(self.recipe),
                                'teacher': self.teacher and self.teacher.to_dict()}
     @property
     def json(self): return canonical(self.to_dict())
-    @property
+    @cached_property
     def id(self): return hashlib.sha256(self.json.encode()).hexdigest()[:16]
     @property
     def name(self): return f'{self.method}-{self.model}-{self.data}-s{self.seed}-{self.id}'
