@@ -122,7 +122,7 @@ class TransferSet:
             if self.source is not self.data: images = (self.source.pictures(images) - self.data._mean)/self.data._std
             yield images, self._labels[places], places.to(self.device)
 
-# %% ../../nbs/experiments/04_execution.ipynb #3dfc2157
+# %% ../../nbs/experiments/04_execution.ipynb #38c83e5d
 def query_data(
     run, # An attack
     data, # The task's data set
@@ -132,9 +132,8 @@ def query_data(
     transfer, budget = run.options.get('transfer', 'train'), run.options.get('budget')
     if transfer == 'train' and budget is None: return data
     kind, name = transfer_source(transfer)
-    options = {'folder': name, 'image_shape': list(data.image_shape)} if kind == 'folder' else {}
-    name = 'folder' if kind == 'folder' else name
-    source = data if kind == 'train' else _load(name, canonical(dataset.options(name, **options)), **facts)
+    if kind == 'folder': source = dataset('folder', path=name, image_shape=data.image_shape, mean=data.mean, std=data.std, device=data.device)
+    else: source = data if kind == 'train' else _load(name, canonical(dataset.options(name)), **facts)
     return TransferSet(data, source, choose_queries(source.size('train'), budget, run.seed))
 
 # %% ../../nbs/experiments/04_execution.ipynb #1f437d95

@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['kind_of', 'registry_of', 'canonical', 'Run', 'make_run', 'run_from_dict', 'check_options', 'with_teachers', 'Plan']
 
-# %% ../../nbs/experiments/01_runs.ipynb #0ff3f241
+# %% ../../nbs/experiments/01_runs.ipynb #15133c75
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+
+import torch
 
 from ..attacks.core import attack
 from ..core import Invalid, check_choice, check_number
@@ -38,11 +41,12 @@ def registry_of(
     "The registry that makes `method`."
     return _KINDS[kind_of(method)]
 
-# %% ../../nbs/experiments/01_runs.ipynb #5aec8dae
+# %% ../../nbs/experiments/01_runs.ipynb #8a8eca5e
 def _plain(value):
     if isinstance(value, Mapping): return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
     if isinstance(value, float) and value.is_integer(): return int(value)
+    if isinstance(value, float) and not math.isfinite(value): raise Invalid(f'{value!r} is no value for an option; it must be finite.')
     if value is None or isinstance(value, (bool, int, float, str)): return value
     raise Invalid(f'{value!r} is a {type(value).__name__}; an option must be a number, a text, a list of these, True, False or None.')
 
@@ -122,7 +126,7 @@ def run_from_dict(
     d = {**description, 'recipe': Recipe(**description['recipe']), 'teacher': teacher}
     return Run(**d)
 
-# %% ../../nbs/experiments/01_runs.ipynb #82b6a624
+# %% ../../nbs/experiments/01_runs.ipynb #501870ad
 _PRETENDED = {'num_classes': 4, 'seed': 0, 'image_shape': (3, 32, 32), 'class_names': ['a', 'b', 'c', 'd'], 'superclasses': [0, 0, 1, 1],
               'wordnet_ids': None}
 
@@ -130,8 +134,9 @@ _PRETENDED = {'num_classes': 4, 'seed': 0, 'image_shape': (3, 32, 32), 'class_na
 def check_options(
     run: Run, # The run to check
 ):
-    "Make the run's method for a small pretended task; `Invalid` if an option's value is out of range."
-    import torch
+    "Check names, and make the run's method for a small pretended task; `Invalid` if a name is unknown or an option's value is out of range."
+    dataset.options(run.data, **run.data_options)
+    model.options(run.model, **run.model_options)
     registry = registry_of(run.method)
     facts = {**_PRETENDED, 'train_labels': torch.arange(8) % 4}
     registry(run.method, **run.options, **{k: v for k, v in facts.items() if k in registry.context(run.method)})
