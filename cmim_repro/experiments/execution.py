@@ -6,13 +6,14 @@
 __all__ = ['load_data', 'make_method', 'make_network', 'answers_of', 'released', 'TransferSet', 'query_data', 'run_cohort',
            'execute', 'complaints', 'execute_in_processes', 'compute', 'main', 'read_plan', 'log_progress']
 
-# %% ../../nbs/experiments/04_execution.ipynb #35b9aef7
+# %% ../../nbs/experiments/04_execution.ipynb #2bc495c2
 import argparse
 import json
 import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def make_network(
     "The run's network with its initial weights."
     return initialised(lambda: model(run.model, **run.model_options, num_classes=data.num_classes, image_shape=tuple(data.image_shape)), run.seed)
 
-# %% ../../nbs/experiments/04_execution.ipynb #e5222c5a
+# %% ../../nbs/experiments/04_execution.ipynb #c364e4a3
 def answers_of(
     run, # A finished run
     store, # Where it is
@@ -78,7 +79,7 @@ def answers_of(
         if release.note(run.method, 'recipe') is not None: method.load_state_dict(store.tensors(run, 'weights.safetensors', device))
         method.eval()
         return lambda images: method(victim(images), images)
-    network = make_network(run, data).to(device)
+    network = make_network(run, data).to(device=device, memory_format=torch.channels_last)
     network.load_state_dict(store.tensors(run, 'weights.safetensors', device))
     network.eval()
     return lambda images: F.log_softmax(network(images).float(), -1)
@@ -136,7 +137,7 @@ def query_data(
     else: source = data if kind == 'train' else _load(name, canonical(dataset.options(name)), **facts)
     return TransferSet(data, source, choose_queries(source.size('train'), budget, run.seed))
 
-# %% ../../nbs/experiments/04_execution.ipynb #1f437d95
+# %% ../../nbs/experiments/04_execution.ipynb #b1bc9b63
 def _learner(run, data, store):
     folder = store.start(run)
     method = make_method(run, data)
@@ -144,8 +145,8 @@ def _learner(run, data, store):
     return Learner(run.name, make_network(run, data), method, run.recipe, folder=folder)
 
 
-def _source(data, device):
-    return {**provenance(device), 'data': {'checksum': data.checksum, 'verified': data.verified}, 'finished': time.strftime('%FT%TZ', time.gmtime())}
+def _source(data, device, settings):
+    return {**provenance(device), 'settings': asdict(settings), 'data': {'checksum': data.checksum, 'verified': data.verified}, 'finished': time.strftime('%FT%TZ', time.gmtime())}
 
 # %% ../../nbs/experiments/04_execution.ipynb #1b186f50
 def _summary(history):
@@ -161,26 +162,26 @@ def _keep_answers(run, store, data, device, splits):
     store.save_tensors(run, 'log_probs.safetensors', kept)
     return kept
 
-# %% ../../nbs/experiments/04_execution.ipynb #6c0931be
-def _finish(run, learner, store, data, device, splits):
-    if learner.diverged: return store.give_up(run, learner.diverged, learner.epoch + 1, _source(data, device))
+# %% ../../nbs/experiments/04_execution.ipynb #fa67f8ee
+def _finish(run, learner, store, data, device, splits, settings):
+    if learner.diverged: return store.give_up(run, learner.diverged, learner.epoch + 1, _source(data, device, settings))
     weights = learner.model.state_dict()
     if run.kind == 'release': weights = {f'generator.{k}': v for k, v in weights.items()}
     store.save_tensors(run, 'weights.safetensors', weights)
     if run.kind != 'attack': _keep_answers(run, store, data, device, splits)
-    store.finish(run, {**_summary(learner.history), 'seconds': learner.seconds, **_source(data, device)})
+    store.finish(run, {**_summary(learner.history), 'seconds': learner.seconds, **_source(data, device, settings)})
 
 
-def _release_only(run, store, data, device, splits):
+def _release_only(run, store, data, device, splits, settings):
     "A release without training: measure what it lets out."
     started = time.monotonic()
     store.start(run)
     kept = _keep_answers(run, store, data, device, splits)
     hits = {split: (kept[split].argmax(1) == data.labels(split).cpu()).double().mean().item() for split in splits}
     store.finish(run, {'accuracy': hits['test'], 'best_accuracy': hits['test'], 'best_epoch': None, 'held_out_accuracy': hits.get('held_out'),
-                       'train_accuracy': hits.get('train'), 'seconds': time.monotonic() - started, **_source(data, device)})
+                       'train_accuracy': hits.get('train'), 'seconds': time.monotonic() - started, **_source(data, device, settings)})
 
-# %% ../../nbs/experiments/04_execution.ipynb #cb9b4cae
+# %% ../../nbs/experiments/04_execution.ipynb #d274c8f6
 def run_cohort(
     runs: list, # Runs that share stream and teacher, unfinished
     store, # Where teachers are read and results go
@@ -193,14 +194,15 @@ def run_cohort(
     device = settings.resolve()
     first = runs[0]
     splits = {run.id: [s for s in ('test', 'held_out', *(['train'] if run.id in teachers else [])) if data.size(s)] for run in runs}
-    if first.kind == 'release' and release.note(first.method, 'recipe') is None: return _release_only(first, store, data, device, splits[first.id])
+    if first.kind == 'release' and release.note(first.method, 'recipe') is None: 
+        return _release_only(first, store, data, device, splits[first.id], settings)
     teacher = answers_of(first.teacher, store, data, device) if first.teacher else None
     learners = [_learner(run, data, store) for run in runs]
 
     def after(learner):
         if learner.diverged or learner.epoch == learner.recipe.epochs:
             run = runs[learners.index(learner)]
-            _finish(run, learner, store, data, device, splits[run.id])
+            _finish(run, learner, store, data, device, splits[run.id], settings)
         if on_epoch: on_epoch(learner)
 
     train(learners, data, first.seed, teacher, settings, after)
