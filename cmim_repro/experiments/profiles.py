@@ -75,7 +75,7 @@ PAPER = (
          recipes={'knockoff': _KNOCKOFF, 'imagenet_mobilenetv2': {'epochs': 300, 'lr': .045, 'weight_decay': 4e-5, 'step_epochs': 1, 'gamma': .98}}),
 )
 
-# %% ../../nbs/experiments/03_profiles.ipynb #a0824b19
+# %% ../../nbs/experiments/03_profiles.ipynb #3f9df366
 MINI_CLASSES = ('beaver', 'dolphin', 'otter', 'seal', 'whale', 'orchid', 'poppy', 'rose', 'sunflower', 'tulip',
                 'bicycle', 'bus', 'motorcycle', 'pickup_truck', 'train', 'bear', 'leopard', 'lion', 'tiger', 'wolf')
 _SMALL = Recipe(epochs=10, batch_size=128, lr=.1, schedule='cosine', nesterov=True, warmup_epochs=1)
@@ -83,7 +83,7 @@ _QUICK = Recipe(epochs=30, batch_size=64, lr=.1, schedule='cosine', nesterov=Tru
 _SMALL_KNOCKOFF = {'momentum': .5, 'weight_decay': 0., 'augment': 'none'}
 
 MINI = (Task('cifar100', (('cnn_medium', 'cnn_small'),), _SMALL, _SMALL, {'classes': list(MINI_CLASSES), 'held_out': .1},
-             options={'cmim': {'*': {'weight': 1.}}, 'mkd': {'*': {'initial_scale': 6.}}, 'dist': {'*': {'variant': 'paper'}}, 'dkd': {'*': {'warmup_epochs': 1}},
+             options={'cmim': {'*': {'weight': 4.}}, 'mkd': {'*': {'initial_scale': 6.}}, 'dist': {'*': {'variant': 'paper'}}, 'dkd': {'*': {'warmup_epochs': 1}},
                       'mad': {'*': {'surrogate': 'cnn_small'}}},
              recipes={'knockoff': _SMALL_KNOCKOFF}),)
 QUICK = (Task('digits', (('cnn_medium', 'cnn_tiny'),), _QUICK, _QUICK, {'per_class': 40, 'held_out': .25},
