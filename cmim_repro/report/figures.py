@@ -60,7 +60,7 @@ def _draw_curve(ax, alphas, values, name, look):
     ax.plot(alphas[best], mean[best], marker=marker, color=color, markersize=10, zorder=5)
     if len(runs) > 1: ax.fill_between(alphas, runs.min(0), runs.max(0), color=color, alpha=.15, linewidth=0)
 
-# %% ../../nbs/report/03_figures.ipynb #b60c7d8e
+# %% ../../nbs/report/03_figures.ipynb #dcc56b93
 def cmi_curves(
     alphas, # Powers, (A,)
     curves, # Name of a model to its CMI in nats, (A,), or (runs, A) for several seeds
@@ -69,10 +69,10 @@ def cmi_curves(
 )->Figure:
     "CMI in nats against the power (Figure 3), one curve a model, the maximum of each filled in; runs are averaged and their range is shaded."
     if not curves: raise Invalid('There is no curve to draw; give at least one model.')
-    fig, ax = _canvas()
+    fig, ax = _canvas(size=(8.4, 4.))
     for i, (name, values) in enumerate(curves.items()): _draw_curve(ax, alphas, values, label(name), _look(i))
     ax.set(xlabel=ALPHA, ylabel=r'$I(X;\hat{Y}^{\alpha}\,|\,Y)$ (nats)', title=title, **({'yscale': 'log'} if log else {'ylim': (0, None)}))
-    ax.legend(fontsize='small')
+    fig.legend(loc='outside right upper', fontsize='small')
     return fig
 
 # %% ../../nbs/report/03_figures.ipynb #50752210
