@@ -137,7 +137,7 @@ def query_data(
     else: source = data if kind == 'train' else _load(name, canonical(dataset.options(name)), **facts)
     return TransferSet(data, source, choose_queries(source.size('train'), budget, run.seed))
 
-# %% ../../nbs/experiments/04_execution.ipynb #b1bc9b63
+# %% ../../nbs/experiments/04_execution.ipynb #f4666936
 def _learner(run, data, store):
     folder = store.start(run)
     method = make_method(run, data)
@@ -146,7 +146,8 @@ def _learner(run, data, store):
 
 
 def _source(data, device, settings):
-    return {**provenance(device), 'settings': asdict(settings), 'data': {'checksum': data.checksum, 'verified': data.verified}, 'finished': time.strftime('%FT%TZ', time.gmtime())}
+    return {**provenance(device), 'settings': asdict(settings), 'data': {'checksum': data.checksum, 'verified': data.verified},
+            'finished': time.strftime('%FT%TZ', time.gmtime())}
 
 # %% ../../nbs/experiments/04_execution.ipynb #1b186f50
 def _summary(history):
@@ -181,7 +182,7 @@ def _release_only(run, store, data, device, splits, settings):
     store.finish(run, {'accuracy': hits['test'], 'best_accuracy': hits['test'], 'best_epoch': None, 'held_out_accuracy': hits.get('held_out'),
                        'train_accuracy': hits.get('train'), 'seconds': time.monotonic() - started, **_source(data, device, settings)})
 
-# %% ../../nbs/experiments/04_execution.ipynb #d274c8f6
+# %% ../../nbs/experiments/04_execution.ipynb #e27af1e3
 def run_cohort(
     runs: list, # Runs that share stream and teacher, unfinished
     store, # Where teachers are read and results go
@@ -194,7 +195,7 @@ def run_cohort(
     device = settings.resolve()
     first = runs[0]
     splits = {run.id: [s for s in ('test', 'held_out', *(['train'] if run.id in teachers else [])) if data.size(s)] for run in runs}
-    if first.kind == 'release' and release.note(first.method, 'recipe') is None: 
+    if first.kind == 'release' and release.note(first.method, 'recipe') is None:
         return _release_only(first, store, data, device, splits[first.id], settings)
     teacher = answers_of(first.teacher, store, data, device) if first.teacher else None
     learners = [_learner(run, data, store) for run in runs]

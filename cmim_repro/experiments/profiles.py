@@ -7,7 +7,8 @@ __all__ = ['RECIPES', 'PAPER', 'MINI_CLASSES', 'MINI', 'QUICK', 'SMOKE', 'PROFIL
            'parse_overrides', 'narrowed', 'check_parameters', 'Entry', 'protected', 'attacked', 'smoothed', 'label',
            'table1_entries']
 
-# %% ../../nbs/experiments/03_profiles.ipynb #b11918f3
+# %% ../../nbs/experiments/03_profiles.ipynb #d05b8a7f
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -75,19 +76,20 @@ PAPER = (
          recipes={'knockoff': _KNOCKOFF, 'imagenet_mobilenetv2': {'epochs': 300, 'lr': .045, 'weight_decay': 4e-5, 'step_epochs': 1, 'gamma': .98}}),
 )
 
-# %% ../../nbs/experiments/03_profiles.ipynb #3f9df366
+# %% ../../nbs/experiments/03_profiles.ipynb #ac5d56d8
 MINI_CLASSES = ('beaver', 'dolphin', 'otter', 'seal', 'whale', 'orchid', 'poppy', 'rose', 'sunflower', 'tulip',
                 'bicycle', 'bus', 'motorcycle', 'pickup_truck', 'train', 'bear', 'leopard', 'lion', 'tiger', 'wolf')
-_SMALL = Recipe(epochs=10, batch_size=128, lr=.1, schedule='cosine', nesterov=True, warmup_epochs=1)
+_SMALL = Recipe(epochs=10, batch_size=128, lr=.1, schedule='cosine', nesterov=True, warmup_epochs=1, augment='none')
 _QUICK = Recipe(epochs=30, batch_size=64, lr=.1, schedule='cosine', nesterov=True, warmup_epochs=1)
 _SMALL_KNOCKOFF = {'momentum': .5, 'weight_decay': 0., 'augment': 'none'}
 
 MINI = (Task('cifar100', (('cnn_medium', 'cnn_small'),), _SMALL, _SMALL, {'classes': list(MINI_CLASSES), 'held_out': .1},
-             options={'cmim': {'*': {'weight': 4.}}, 'mkd': {'*': {'initial_scale': 6.}}, 'dist': {'*': {'variant': 'paper'}}, 'dkd': {'*': {'warmup_epochs': 1}},
+             options={'cmim': {'*': {'weight': 2.}}, 'mkd': {'*': {'initial_scale': 6.}}, 'dist': {'*': {'variant': 'paper'}}, 'dkd': {'*': {'warmup_epochs': 1}},
                       'mad': {'*': {'surrogate': 'cnn_small'}}},
              recipes={'knockoff': _SMALL_KNOCKOFF}),)
 QUICK = (Task('digits', (('cnn_medium', 'cnn_tiny'),), _QUICK, _QUICK, {'per_class': 40, 'held_out': .25},
-              options={'cmim': {'*': {'weight': 2.}}, 'mkd': {'*': {'initial_scale': 6.}}, 'dist': {'*': {'variant': 'paper'}}, 'dkd': {'*': {'warmup_epochs': 1}}, 'mad': {'*': {'surrogate': 'cnn_small'}}},
+              options={'cmim': {'*': {'weight': 2.}}, 'mkd': {'*': {'initial_scale': 6.}},
+                      'dist': {'*': {'variant': 'paper'}}, 'dkd': {'*': {'warmup_epochs': 1}}, 'mad': {'*': {'surrogate': 'cnn_small'}}},
               recipes={'knockoff': _SMALL_KNOCKOFF}),)
 SMOKE = (replace(QUICK[0], pairs=(('cnn_small', 'cnn_tiny'),), teacher_recipe=replace(_QUICK, epochs=1, warmup_epochs=0), epsilons=(.1, .5),
                  student_recipe=replace(_QUICK, epochs=1, warmup_epochs=0), data_options={'per_class': 20, 'test_per_class': 10, 'held_out': .1}),)
@@ -191,15 +193,15 @@ def _pair(text):
     for part in parts: check_choice('network', part, model.names())
     return tuple(parts)
 
-# %% ../../nbs/experiments/03_profiles.ipynb #d4d58cff
+# %% ../../nbs/experiments/03_profiles.ipynb #d5c63acf
 def check_parameters(
     variables: Mapping, # globals() of the notebook, right after its parameters
     accepted, # Names of the parameters
 ):
-    "Refuse variables that are not parameters of the notebook."
-    hidden = {'In', 'Out', 'exit', 'quit', 'get_ipython', 'open', 'check_parameters', 'os', 'sys'}
-    for name in variables:
-        if not name.startswith('_') and name not in hidden: check_choice('parameter', name, accepted)
+    "Refuse variables that are not parameters of the notebook; what the shell itself puts there (functions, modules, In and Out) is none of ours."
+    for name, value in variables.items():
+        ours = not (name.startswith('_') or name in ('In', 'Out') or callable(value) or inspect.ismodule(value))
+        if ours: check_choice('parameter', name, accepted)
 
 # %% ../../nbs/experiments/03_profiles.ipynb #359fb1a6
 @dataclass(frozen=True)
