@@ -81,10 +81,13 @@ def verdicts(
                       'n': min(map(len, [ls, *runs.values()]))})
     return pd.DataFrame(found)
 
-# %% ../../nbs/report/06_tables.ipynb #ec0e2bb0
+# %% ../../nbs/report/06_tables.ipynb #06433949
+def _plain_name(network): return network.removeprefix('imagenet_') # the paper calls torchvision's networks by the family's name
+
+
 def _printed(number, key, column):
     data, defense, teacher, student = key
-    try: return printed(number, data_set=data, defense=defense, teacher=teacher, student=student, attack=column)
+    try: return printed(number, data_set=data, defense=defense, teacher=_plain_name(teacher), student=_plain_name(student), attack=column)
     except Invalid: return None
 
 
@@ -118,7 +121,7 @@ def plain_text(
     frame = pd.DataFrame([[cell_text(c) for c in cells] for _, cells in lines], index, [label(c) for c in table.columns])
     return '\n'.join([table.title, '', frame.to_string(), '', table.note, ''])
 
-# %% ../../nbs/report/06_tables.ipynb #f57587eb
+# %% ../../nbs/report/06_tables.ipynb #524a9cc1
 def table_models(
     picked: pd.DataFrame, # As `chosen` gives
     note: str='', # Provenance, below the table
@@ -135,7 +138,7 @@ def table_models(
 
 def _printed_model(data, teacher, defense):
     for number in (2, 3):
-        try: return printed(number, data_set=data, teacher=teacher, defense=defense)
+        try: return printed(number, data_set=data, teacher=_plain_name(teacher), defense=defense)
         except Invalid: pass
 
 # %% ../../nbs/report/06_tables.ipynb #5fd77057

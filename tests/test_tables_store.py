@@ -1,0 +1,182 @@
+"""Tables 1 to 9 are functions of entries and store: a changed number changes every table that uses it, a deleted run leaves an empty cell."""
+import json
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+
+from cmim_repro.core import keyed_generator
+from cmim_repro.experiments.profiles import narrowed, profile, table1_entries
+from cmim_repro.experiments.store import Store
+from cmim_repro.experiments.studies_tables import model_entries, paired_entries, spread_entries
+from cmim_repro.report.formats import Cell, to_csv, to_html, to_latex, to_markdown
+from cmim_repro.report.protected import entropies, table_accuracy, table_entropy, table_gains, table_paired, table_spread, table_times, timed_runs
+from cmim_repro.report.tables import chosen, plain_text, results_frame, table1, table_models
+
+SMALL = narrowed(profile('smoke'), seeds=3, attacks='kd dist', overrides='epsilons=0.1')
+SPLITS = ('test', 'train')
+
+
+@dataclass(frozen=True)
+class Kind:
+    "One table: its entries, how it is made, and in which cells an entry stands."
+    entries: list
+    make: object # (entries, store) -> Table
+    places: object # entry -> [(labels, column)]
+
+
+def picked(make, entries, store, *more): return make(chosen(results_frame(entries, store), 'paper'), *more)
+
+
+def model_place(e): return [((e.data, e.teacher_model), e.defense)] if e.column == 'model' else []
+
+
+def student_place(e): return [] if e.column == 'model' else [((e.defense, e.teacher_model, e.student_model), e.column)]
+
+
+def entropy_place(e): return [((e.data, e.teacher_model, split, unit), e.defense) for split in SPLITS for unit in ('nats', 'bits')]
+
+
+def spread_place(e): return [((*labels, row), column) for labels, column in student_place(e) for row in ('mean', 'standard deviation', 'variance')]
+
+
+def paired_place(e): return [((e.data, e.teacher_model, e.student_model, 'LS' if e.column == 'ls' else 'DIST on CMIM'), f'seed {e.seed + 1}')]
+
+
+TABLES = {
+    '1': Kind(table1_entries(SMALL), partial(picked, table1), student_place),
+    'models': Kind(table1_entries(SMALL), partial(picked, table_models), model_place),
+    '2': Kind(model_entries(SMALL, 2), lambda e, s: picked(table_accuracy, e, s, 2), model_place),
+    '3': Kind(model_entries(SMALL, 3), lambda e, s: picked(table_accuracy, e, s, 3), model_place),
+    '4': Kind(model_entries(SMALL, 4), lambda e, s: table_entropy(entropies(e, s)), entropy_place),
+    '5': Kind(model_entries(SMALL, 5), lambda e, s: picked(table_gains, e, s, 5), model_place),
+    '6': Kind(model_entries(SMALL, 6), lambda e, s: picked(table_gains, e, s, 6), model_place),
+    '7': Kind(spread_entries(SMALL), partial(picked, table_spread), spread_place),
+    '8': Kind(paired_entries(narrowed(SMALL, defenses='cmim', attacks='dist')), partial(picked, table_paired), paired_place),
+    '9': Kind(model_entries(SMALL, 9), table_times, lambda e: []),
+}
+RUN_TABLES = [name for name in TABLES if name != '9']
+TEACHER, STUDENT = SMALL.tasks[0].pairs[0]
+
+
+def invent(store, run, shift=0):
+    "Finish a run with numbers that depend on it and on `shift` alone."
+    generator = keyed_generator('invented', run.id, shift)
+    accuracy = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    store.start(run)
+    if run.kind != 'attack':
+        outputs = {split: torch.randn(6, 10, generator=generator).log_softmax(1) for split in SPLITS}
+        store.save_tensors(run, 'log_probs.safetensors', outputs | {f'{split}_labels': torch.arange(6) for split in SPLITS})
+    store.finish(run, dict(zip(('accuracy', 'best_accuracy', 'held_out_accuracy'), accuracy, strict=True)) | {'seconds': 1., 'data': {'verified': True}})
+
+
+def invent_times(store, factor=1.):
+    for runs in timed_runs(TABLES['9'].entries).values():
+        measured = {'seconds': {'ce': [2., 3.], 'cmim': [2.5*factor, 4.*factor]}, 'images': 100, 'epochs': 30, 'device': 'cpu', 'device_name': 'invented'}
+        place = store.root/'timings'/('-'.join(r.id for r in runs.values()) + '-invented.json')
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(json.dumps(measured))
+        yield place
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = Store(tmp_path)
+    for run in {e.run for kind in TABLES.values() for e in kind.entries}: invent(store, run)
+    list(invent_times(store))
+    return store
+
+
+def texts(store): return {name: to_csv(kind.make(kind.entries, store)) for name, kind in TABLES.items()}
+
+
+def cells(kind, store):
+    "Labels and column of every cell of a table, and the cell."
+    table = kind.make(kind.entries, store)
+    rows = [row for row in table.rows if not isinstance(row, str)]
+    return {(labels, column): cell for labels, line in rows for column, cell in zip(table.columns, line, strict=True)}
+
+
+def used(kind): return {e.run for e in kind.entries if kind.places(e)}
+
+
+def one(defense, column, seed=1):
+    "The run of one entry of Table 1."
+    return next(e.run for e in TABLES['1'].entries if (e.defense, e.column, e.seed) == (defense, column, seed))
+
+
+CHANGED = {'CE model': one('ce', 'model'), 'CMIM model': one('cmim', 'model'), 'LS model': one('ls', 'model'), 'ST model': one('st', 'model'),
+           'LS student': one('cmim', 'ls'), 'KD student': one('nt', 'kd'), 'DIST student of CMIM': one('cmim', 'dist'),
+           'student-sized CMIM': next(e.run for e in TABLES['5'].entries if (e.defense, e.teacher_model, e.seed) == ('cmim', STUDENT, 1))}
+
+
+@pytest.mark.parametrize('who', CHANGED)
+def test_changed_number_changes_every_table_that_uses_it_and_no_other(store, who):
+    before = texts(store)
+    invent(store, CHANGED[who], shift=1)
+    after = texts(store)
+    expected = {name for name in RUN_TABLES if CHANGED[who] in used(TABLES[name])}
+    assert expected and {name for name in TABLES if before[name] != after[name]} == expected
+
+
+def test_every_table_is_changed_by_some_run_above():
+    assert {name for run in CHANGED.values() for name in RUN_TABLES if run in used(TABLES[name])} == set(RUN_TABLES)
+
+
+def test_changed_measurement_changes_table_9_alone(store):
+    before = texts(store)
+    list(invent_times(store, factor=2))
+    after = texts(store)
+    assert [name for name in TABLES if before[name] != after[name]] == ['9']
+
+
+def mean(cell): return cell.mean if isinstance(cell, Cell) else cell
+
+
+DERIVED = {'best', 'gain', '95 % interval of the gain', 'mean'}
+
+
+@pytest.mark.parametrize('name', RUN_TABLES)
+def test_deleted_run_counts_no_more_and_without_runs_the_cell_is_empty(store, name):
+    kind = TABLES[name]
+    before = cells(kind, store)
+    victim = next(e for e in reversed(kind.entries) if kind.places(e))
+    twins = [e for e in kind.entries if kind.places(e) and set(kind.places(e)) & set(kind.places(victim))]
+    touched = {place for e in kind.entries if e.run in {t.run for t in twins} for place in kind.places(e)}
+    for left, e in reversed(list(enumerate(twins))):
+        store.forget(e.run)
+        now = cells(kind, store)
+        for place in kind.places(victim): assert now[place].n == min(left, before[place].n)
+    for place in touched:
+        cell = now[place]
+        assert (cell.mean, cell.sd, cell.n, cell.arrow, cell.verdict) == (None, None, 0, '', '')
+    for place, cell in now.items():
+        if place not in touched and place[1] not in DERIVED and place[0][-1] != 'difference': assert mean(cell) == mean(before[place]), place
+
+
+@pytest.mark.parametrize('name', TABLES)
+def test_empty_store_gives_a_table_of_empty_cells(tmp_path, name):
+    kind = TABLES[name]
+    table = kind.make(kind.entries, Store(tmp_path))
+    found = [cell for row in table.rows if not isinstance(row, str) for cell in row[1]]
+    assert found and all(cell.mean is None and cell.n == 0 if isinstance(cell, Cell) else not cell for cell in found)
+    for write in (to_csv, to_html, to_latex, to_markdown, plain_text): assert write(table)
+
+
+def test_deleted_measurement_empties_table_9(store):
+    kind = TABLES['9']
+    assert all(cell.n == 2 for cell in cells(kind, store).values())
+    for place in invent_times(store): place.unlink()
+    assert all((cell.mean, cell.n) == (None, 0) for cell in cells(kind, store).values())
+
+
+def test_gain_and_difference_lose_only_the_missing_seed(store):
+    gain = ((SMALL.tasks[0].data, TEACHER), 'gain')
+    assert cells(TABLES['5'], store)[gain].n == 3
+    store.forget(one('ce', 'model', seed=2))
+    assert cells(TABLES['5'], store)[gain].n == 2
+    place = ((SMALL.tasks[0].data, TEACHER, STUDENT, 'difference'), 'seed 2')
+    assert cells(TABLES['8'], store)[place].n == 1
+    store.forget(one('cmim', 'ls', seed=1))
+    assert cells(TABLES['8'], store)[place].mean is None
