@@ -182,29 +182,21 @@ def peak_table(
                           'at alpha': float(alphas[int(values.mean(0).argmax())]), 'CMI at 1': np.mean([np.interp(1., alphas, v) for v in values]), 'n': len(values)})
     return pd.DataFrame(lines)
 
-# %% ../../nbs/report/09_figure_data.ipynb #8ae45a11
+# %% ../../nbs/report/09_figure_data.ipynb #bde72f78
 def defense_curves(
     alphas, # Powers, (A,)
     models: dict, # Defence to CMI in nats, (seeds, A)
     title=None, # Above the picture
 ):
     "Figure 3: `cmi_curves` with CMIM drawn heavily and the legend ordered by the largest CMI."
-    means = {name: np.asarray(values).mean(0) for name, values in models.items()}
-    tops = {name: mean.max() for name, mean in means.items()}
-    log = min(tops.values())*20 < max(tops.values())
-    figure = cmi_curves(alphas, models, title, log)
-    ax, handles = figure.axes[0], {}
-    if log: ax.set_ylim(bottom=min(tops.values())/50)
-    for i, name in enumerate(models):
-        handles[name], peak = ax.get_lines()[2*i:2*i + 2]
-        if name == 'cmim': handles[name].set(color='k', linestyle='-', linewidth=3, zorder=4); peak.set(color='k')
-    def says(name):
-        best = int(means[name].argmax())
-        return f"{label(name)}: {tops[name]:.3g} at {'≥ ' if best == len(alphas) - 1 else ''}{alphas[best]:.2f}"
-    order = sorted(models, key=lambda name: -tops[name])
+    tops = [np.asarray(values).mean(0).max() for values in models.values()]
+    figure = cmi_curves(alphas, models, title, log=min(tops)*20 < max(tops))
+    handles, names = figure.axes[0].get_legend_handles_labels()
     for legend in list(figure.legends): legend.remove()
-    figure.legend([handles[n] for n in order], list(map(says, order)), title='largest CMI (nats), and its power', loc='outside right upper', fontsize='small',
-                  title_fontsize='small', handlelength=4)
+    for handle, name in zip(handles, names, strict=True):
+        if name.startswith('CMIM'): handle.set(linewidth=3, zorder=4)
+    order = sorted(range(len(names)), key=lambda i: -tops[i])
+    figure.legend([handles[i] for i in order], [names[i] for i in order], loc='outside right upper', fontsize='small', handlelength=4)
     return figure
 
 # %% ../../nbs/report/09_figure_data.ipynb #5bbb69bf
