@@ -43,7 +43,8 @@ def test_a_smaller_plan_keeps_the_shape_of_every_recipe():
 
 @pytest.mark.parametrize('text, field, value, whom', [
     ('precision=bf16', 'precision', 'bf16', lambda run: True), ('nesterov=True', 'nesterov', True, lambda run: True),
-    ('warmup_epochs=5', 'warmup_epochs', 5, lambda run: True), ('resnet18.weight_decay=0.001', 'weight_decay', .001, lambda run: run.model == 'resnet18' and run.method != 'knockoff'),
+    ('warmup_epochs=5', 'warmup_epochs', 5, lambda run: True),
+    ('resnet18.weight_decay=0.001', 'weight_decay', .001, lambda run: run.model == 'resnet18' and run.method != 'knockoff'),
     ('knockoff.batch_size=32', 'batch_size', 32, lambda run: run.method == 'knockoff'), ('cmim.lr=0.03', 'lr', .03, lambda run: run.method == 'cmim')])
 def test_one_number_of_a_recipe(text, field, value, whom):
     before, after = (runs(changes, data_sets='cifar100', defenses='cmim', attacks='kd, knockoff') for changes in ('', text))
@@ -82,7 +83,8 @@ def test_published_weights_follow_the_data_set():
 
 
 @pytest.mark.parametrize('overrides, narrowing, words', [
-    ('pretrained=True', {'data_sets': 'cifar100, tinyimagenet'}, 'pretrained is True; published weights exist for the data set imagenet, and this is about cifar100, tinyimagenet'),
+    ('pretrained=True', {'data_sets': 'cifar100, tinyimagenet'},
+     'pretrained is True; published weights exist for the data set imagenet, and this is about cifar100, tinyimagenet'),
     ('pretrained=True, classes=10', {'data_sets': 'imagenet'}, 'pretrained is True and classes is 10'),
     ('pretrained=yes', {'data_sets': 'imagenet'}, "pretrained is 'yes'; it must be True or False"),
     ('pretrained=True', {'data_sets': 'imagenet', 'networks': 'resnet18:resnet18'}, "Unknown option of network 'resnet18' 'pretrained'"),
