@@ -67,13 +67,13 @@ def test_processes_give_the_losses_of_one(tmp_path, world, micro_batch):
 COMMON = {'recipe': Recipe(epochs=6, batch_size=32, lr=.05, schedule='cosine'), 'data_options': {'per_class': 60}}
 TEACHER = make_run('digits', 'cnn_small', 'cmim', weight=1., **COMMON)
 PLAN = Plan.of([make_run('digits', 'cnn_tiny', method, teacher=TEACHER, **COMMON) for method in ('kd', 'mkd')])
-SETTINGS = json.dumps({'device': 'cpu', 'checkpoint_seconds': 0, 'inside_seconds': 0})
 
 
 def command(folder, processes):
     (folder/'plan.json').write_text(json.dumps([run.to_dict() for run in PLAN.runs]))
     start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)] if processes > 1 else [sys.executable]
-    return [*start, '-m', 'cmim_repro.experiments.execution', str(folder/'plan.json'), '--store', str(folder/'store'), '--threads', '1', '--settings', SETTINGS]
+    return [*start, '-m', 'cmim_repro.experiments.execution', str(folder/'plan.json'), '--store', str(folder/'store'), '--threads', '1', '--device', 'cpu',
+            '--settings', 'checkpoint_seconds=0, inside_seconds=0']
 
 
 def test_torchrun_is_killed_and_one_process_goes_on(tmp_path):

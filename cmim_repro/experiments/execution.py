@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROOM', 'load_data', 'make_method', 'make_network', 'answers_of', 'released', 'TransferSet', 'query_data', 'agreed',
-           'run_cohort', 'execute', 'complaints', 'worker_command', 'execute_in_processes', 'compute', 'main',
-           'read_settings', 'read_plan', 'log_progress']
+           'run_cohort', 'execute', 'complaints', 'read_settings', 'worker_command', 'execute_in_processes', 'compute',
+           'main', 'read_plan', 'log_progress']
 
 # %% ../../nbs/experiments/04_execution.ipynb #2bc495c2
 import argparse
@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from ..attacks.knockoff import choose_queries, transfer_source
 from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, keyed_generator
 from ..defenses.core import release
-from .runs import Plan, canonical, registry_of, run_from_dict
+from .runs import Plan, canonical, chain_answers, registry_of, run_from_dict
+from .profiles import parse_overrides
 from .store import Store, provenance
 from ..lab.data.core import batch_places, dataset, rank_share, step_count
 from ..lab.models.core import model
@@ -241,7 +242,7 @@ def run_cohort(
     runs = [run for run in runs if _is_trained(run)]
     if not runs: return
     first = runs[0]
-    teacher = answers_of(first.teacher, store, data, device) if first.teacher else None
+    teacher = chain_answers(first, lambda run: answers_of(run, store, data, device)) if first.teacher else None
     learners = [_learner(run, data, store) for run in runs]
 
     def after(learner):
@@ -345,6 +346,16 @@ def complaints(
         elif culprit := _blocked(store, run): found.append(f'{run.name} was not made: its teacher {culprit.name} diverged.')
     return found
 
+# %% ../../nbs/experiments/04_execution.ipynb #6b455b10
+def read_settings(
+    device: str='auto', # cpu, cuda, cuda:1 ...
+    text='', # Changes of `Settings`: name=value, with commas between
+)->Settings:
+    "The settings that these words mean; an unknown name or a value of the wrong kind is `Invalid`."
+    changes = parse_overrides(text)
+    for name in changes: check_choice('run setting', name, [f.name for f in fields(Settings) if f.name != 'device'])
+    return Settings(device=device, **changes)
+
 # %% ../../nbs/experiments/04_execution.ipynb #c0ab6d4a
 def worker_command(
     file, # The plan
@@ -356,7 +367,9 @@ def worker_command(
     threads=0, # CPU threads; 0 leaves PyTorch its default
 )->list:
     "What follows the interpreter's name in the command that computes a plan."
-    options = {'--store': store.root, '--limit': limit, '--threads': threads, '--settings': json.dumps(asdict(settings)), **({'--data-root': root} if root else {})}
+    changes = ', '.join(f'{name}={value}' for name, value in asdict(settings).items() if name != 'device')
+    options = {'--store': store.root, '--limit': limit, '--threads': threads, '--device': settings.device, '--settings': changes,
+               **({'--data-root': root} if root else {})}
     words = [str(word) for pair in options.items() for word in pair]
     return ['-m', 'cmim_repro.experiments.execution', str(file), *words, *(['--allow-unverified'] if allow_unverified else [])]
 
@@ -428,14 +441,14 @@ def main(arguments=None):
     parser.add_argument('--store', help='folder of the store; default $CMIM_STORE or data/runs')
     parser.add_argument('--data-root', help='folder of the data sets; default $CMIM_DATA or data/downloads')
     parser.add_argument('--allow-unverified', action='store_true', help='accept data files whose published checksum does not fit')
-    parser.add_argument('--device', help='auto, cpu, cuda, cuda:1 ...; short for the setting of that name')
-    parser.add_argument('--settings', default='{}', help='how it runs, as JSON, for example \'{"compile": true, "micro_batch": 64}\'')
+    parser.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1 ...')
+    parser.add_argument('--settings', default='', help='how it runs, for example "compile=True, micro_batch=64"')
     parser.add_argument('--threads', type=int, default=0, help='CPU threads; 0 leaves PyTorch its default')
     parser.add_argument('--limit', type=int, default=64, help='learners a cohort')
     args = parser.parse_args(arguments)
     if args.threads: torch.set_num_threads(args.threads)
     try:
-        settings = read_settings(args.settings, args.device)
+        settings = read_settings(args.device, args.settings)
         plan, store = read_plan(args.plan).check(), Store(args.store)
         join_processes(settings.resolve())
         sentences = execute(plan, store, settings, args.data_root, args.allow_unverified, log_progress(), args.limit)
@@ -445,17 +458,6 @@ def main(arguments=None):
     for sentence in sentences if process_rank() == 0 else (): print(sentence, file=sys.stderr)
     if processes() > 1: dist.destroy_process_group()
     return 0
-
-
-def read_settings(
-    text: str, # A JSON object
-    device=None, # Takes the place of its device
-)->Settings:
-    "`Settings` from a text; `Invalid` for unknown names."
-    try: found = dict(json.loads(text))
-    except (ValueError, TypeError): raise Invalid(f'settings are {text!r}; they must be a JSON object, for example {{"compile": true}}.') from None
-    for name in found: check_choice('setting', name, [f.name for f in fields(Settings)])
-    return Settings(**{**found, **({'device': device} if device else {})})
 
 
 # %% ../../nbs/experiments/04_execution.ipynb #0857a5a1
