@@ -18,7 +18,7 @@ import torch
 from cmim_repro.report.figure_data import save_picture
 from cmim_repro.report.figures import cmi_curves, simplex_figure, simplex_html, simplex_points
 from cmim_repro.report.formats import Table, runs_cell, save_table
-from cmim_repro.report.gallery import FIGURES, TABLES, main, write_gallery
+from cmim_repro.report.gallery import FIGURES, TABLES, main
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
@@ -72,7 +72,7 @@ def figures(tmp_path_factory):
         picture = simplex_figure(models, (0, 1, 2)) if name == 'figure2' else cmi_curves([0, 1, 2], {'ce': [0, 1, 2]})
         save_picture(picture, pd.DataFrame({'alpha': [1]}), 'Made by `a test`.', place/name)
     (place/'figure2.html').write_text(simplex_html(models, (0, 1, 2), ALPHAS))
-    write_gallery(folder)
+    assert main(['--figures', str(folder)]) == 0
     return folder
 
 

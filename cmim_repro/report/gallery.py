@@ -244,7 +244,7 @@ def plain_math(
 )->str:
     "Simple formulas as Unicode in italics; others as they were written, as code."
     def one(match):
-        formula = re.sub(r'\\([a-z]+) ?', lambda m: _SYMBOLS.get(m[1], m[0]), match[1])
+        formula = re.sub(r'\\([a-z]+) ?', lambda m: _SYMBOLS.get(m[1], m[0]), match[1].replace(r'\hat Y', 'Ŷ')).replace('^α', 'ᵅ')
         if re.search(r'[\\{}^_]', formula): return f'`{match[1]}`'
         return '*' + re.sub('([=≥≤])', r' \1 ', formula) + '*'
     return re.sub(r'\$([^$]+)\$', one, text)
@@ -263,15 +263,16 @@ def _href(path, home): return quote(os.path.relpath(path, home).replace(os.sep, 
 def table_parts(
     files: dict, # Suffix to path
 )->tuple:
-    "The `<table>` of a saved table, and its note as HTML; ('', '') where there is no table."
+    "Title, `<table>` and note of a saved table, as HTML; three empty strings where there is no table."
     if 'html' in files:
         text = files['html'].read_text()
-        table, note = re.search(r'<table>.*?</table>', text, re.S), re.search(r'<p class="note">(.*?)</p>', text, re.S)
-        return table[0] if table else '', to_page(html.unescape(note[1])) if note else ''
-    if 'md' not in files: return '', ''
-    page = to_page(files['md'].read_text())
-    table, rest = re.search(r'<table>.*?</table>', page, re.S), re.split(r'</table>', page)[-1].strip()
-    return table[0] if table else '', rest
+        found = re.search(r'<table><caption>(.*?)</caption>(.*?</table>)', text, re.S)
+        note = re.search(r'<p class="note">(.*?)</p>', text, re.S)
+        return (found[1], f'<table>{found[2]}', to_page(html.unescape(note[1])) if note else '') if found else ('', '', '')
+    if 'md' not in files: return '', '', ''
+    page = to_page(files['md'].read_text()).split('</table>')
+    title, table = page[0].split('<table>') if '<table>' in page[0] else ('', '')
+    return re.sub('<[^>]+>', '', title), f'<table class="plain">{table}</table>' if table else '', page[-1].strip()
 
 # %% ../../nbs/report/10_gallery.ipynb #2dbf7c58
 def _picture(stem, files, title, home):
@@ -288,8 +289,9 @@ def _live(path, title, home):
 
 
 def _table(files):
-    table, note = table_parts(files)
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="table">{table}</div>' + _note(note)) if table else ''
+    title, table, note = table_parts(files)
+    scroll = f'<div class="scroll" tabindex="0" role="region" aria-label="{title}">{table}</div>'
+    return f'<p class="caption">{title}</p>{scroll}{_note(note)}' if table else ''
 
 
 def _note(note): return f'<div class="note">{note}</div>' if note else ''
@@ -356,7 +358,7 @@ _CSS = '''
 @media (prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
 body{margin:0;background:var(--page);color:var(--ink);font:1.02rem/1.6 Charter,"Bitstream Charter","Sitka Text",Cambria,Georgia,serif}
 header,main,footer{max-width:70rem;margin:auto;padding:0 clamp(1rem,4vw,2.5rem)}header{padding-top:2.5rem}footer{padding-block:2rem 4rem;color:var(--soft)}
-h1,h2,h3,nav,table,.links,.note,.about,.warning,summary,.missing{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
+h1,h2,h3,nav,table,.caption,.links,.note,.about,.warning,summary,.missing{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
 h1{font-size:clamp(1.7rem,4vw,2.4rem);line-height:1.2;margin:0 0 .8rem}h2{font-size:1.35rem;line-height:1.3;margin:0 0 .4rem}h3{font-size:1rem;margin:0}
 p{margin:.5rem 0;max-width:46rem}a{color:var(--link)}code{font:.88em ui-monospace,"SF Mono",Menlo,Consolas,monospace;overflow-wrap:anywhere}
 nav{position:sticky;top:0;z-index:2;background:var(--page);border-bottom:1px solid var(--line);padding:.6rem 0;margin-top:1.5rem;font-size:.9rem}
@@ -370,8 +372,12 @@ section{padding:2.2rem 0 1rem;border-top:1px solid var(--line)}main>section:firs
 .about,.note,.links,.missing{font-size:.85rem;color:var(--soft)}
 .about{margin:.1rem 0 .8rem}.note p{max-width:none}.warning{border-left:3px solid var(--down);padding-left:.8rem}
 .missing{margin:.8rem 0}.overview td.missing{margin:0}
-.scroll{overflow-x:auto;max-width:100%}table{border-collapse:collapse;font-size:.86rem;line-height:1.4;font-variant-numeric:tabular-nums}
-caption{text-align:left;font-weight:600;padding-bottom:.5rem}th,td{padding:.3rem .65rem;text-align:right;vertical-align:top}
+.scroll{overflow-x:auto;max-width:100%;background:linear-gradient(90deg,var(--card) 30%,transparent) left/3rem 100% no-repeat local,
+linear-gradient(270deg,var(--card) 30%,transparent) right/3rem 100% no-repeat local,linear-gradient(90deg,var(--line),transparent) left/.8rem 100% no-repeat scroll,
+linear-gradient(270deg,var(--line),transparent) right/.8rem 100% no-repeat scroll}#overview{--card:var(--page)}
+table{border-collapse:collapse;font-size:.86rem;line-height:1.4;font-variant-numeric:tabular-nums}
+.caption{font-weight:600;font-size:.9rem;max-width:none}.plain th:not([style]),.plain td:not([style]){text-align:left}
+th,td{padding:.3rem .65rem;text-align:right;vertical-align:top}
 thead th{border-top:2px solid var(--ink);border-bottom:1px solid var(--ink);vertical-align:bottom}tbody tr:last-child>*{border-bottom:2px solid var(--ink)}
 th.label,tbody th,.overview th:first-child,td:first-child{text-align:left;font-weight:500;white-space:nowrap}
 tr.section th{text-align:center;font-weight:600;background:var(--tint)}
@@ -405,7 +411,8 @@ def _section(name, notebook, shown, shelves, home):
 
 def _overview(titles, shown, shelves):
     heads = ''.join(f'<th scope="col">{html.escape(s.name)}</th>' for s in shelves)
-    def cell(name, s): return f'<td><a href="#{name}">shown</a></td>' if shown[name, s.key] else '<td class="missing">not made yet</td>'
+    def lacking(s): return f'<td class="missing">{"not committed" if s.committed else "not made yet"}</td>'
+    def cell(name, s): return f'<td><a href="#{name}">shown</a></td>' if shown[name, s.key] else lacking(s)
     def row(name, title): return f'<tr><th scope="row"><a href="#{name}">{html.escape(title)}</a></th>{"".join(cell(name, s) for s in shelves)}</tr>'
     rows = ''.join(row(name, title) for name, title in titles.items())
     table = f'<table class="overview"><thead><tr><th scope="col">Item</th>{heads}</tr></thead><tbody>{rows}</tbody></table>'
@@ -481,7 +488,7 @@ def main(arguments=None):
         parameters = {'profile': profile, **({'figures': str(figures/profile)} if args.figures else {}), **dict(args.parameters)}
         runner = Runner(parameters, figures/'executed'/profile, tell=lambda line: print(line, flush=True))
         if names: signal.signal(signal.SIGTERM, runner.stop)
-        failed = run_all(runner, names, args.jobs)
+        failed = run_all(runner, names, args.jobs) if names else {}
         print(f'Gallery: {write_gallery(figures)}')
     except KeyboardInterrupt:
         print('Interrupted. Finished runs are in the store: the same command continues from there.', file=sys.stderr)
