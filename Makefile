@@ -2,10 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
+PROFILE ?= quick
+ARGS ?=
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help install table1 test notebooks pytest lint export cost lab
+.PHONY: help install table1 tables figures gallery test notebooks pytest lint export cost lab
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -25,6 +27,15 @@ table1: install ## run the main experiment on bundled real data (profile quick);
 	$(BIN)/papermill --no-progress-bar nbs/run_table1.ipynb figures/executed/run_table1.ipynb -p profile quick
 	@cat figures/quick/table1.txt
 	@echo 'Tables and pictures: figures/quick/ (table1.html, cmi_*.png, simplex_*.html). The executed notebook: figures/executed/run_table1.ipynb'
+
+tables: install ## all ten tables and the gallery; PROFILE=mini and ARGS="-p data_root DIR" change how
+	$(BIN)/python -m cmim_repro.report.gallery tables --profile $(PROFILE) $(ARGS)
+
+figures: install ## all five figures and the gallery, in the same way
+	$(BIN)/python -m cmim_repro.report.gallery figures --profile $(PROFILE) $(ARGS)
+
+gallery: install ## write figures/index.html again, from what is there
+	$(BIN)/python -m cmim_repro.report.gallery
 
 test: notebooks pytest ## all notebooks as tests, then pytest
 
