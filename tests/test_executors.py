@@ -160,5 +160,5 @@ def test_torchruns_command_passes_every_setting(tmp_path):
     command = torchrun_command('plan.json', Store(tmp_path), 3, Settings(device='cpu', micro_batch=16, tf32=False), tmp_path, True)
     assert command[1:9] == ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '3', '-m', 'cmim_repro.experiments.execution', 'plan.json']
     pairs = dict(zip(command[9:-1:2], command[10::2], strict=False))
-    assert pairs['--settings'] == 'tf32=False, micro_batch=16' and pairs['--data-root'] == str(tmp_path) and command[-1] == '--allow-unverified'
+    assert 'tf32=False, micro_batch=16' in pairs['--settings'] and pairs['--data-root'] == str(tmp_path) and command[-1] == '--allow-unverified'
     assert read_executor('torchrun:3') == ('torchrun', 3)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROOM', 'load_data', 'make_method', 'make_network', 'answers_of', 'released', 'TransferSet', 'query_data', 'agreed',
-           'run_cohort', 'execute', 'complaints', 'read_settings', 'worker_command', 'execute_in_processes', 'compute',
-           'main', 'read_plan', 'log_progress']
+           'run_cohort', 'execute', 'complaints', 'read_settings', 'worker_command', 'execute_in_processes', 'main',
+           'read_plan', 'log_progress']
 
 # %% ../../nbs/experiments/04_execution.ipynb #2bc495c2
 import argparse
@@ -417,21 +417,6 @@ def _raise_failures(children, logs):
             log.seek(0)
             lines = log.read().strip().splitlines() or [f'a worker ended with code {child.returncode}']
             raise Unusable(lines[-1].removeprefix('error: '))
-
-# %% ../../nbs/experiments/04_execution.ipynb #227dc8b6
-def compute(
-    plan, # A `Plan`
-    store, # A `Store`
-    workers: int=1, # Processes; 0 means one a core on a CPU and one on a GPU
-    settings=Settings(), # Where it runs
-    **options, # root, allow_unverified, progress
-):
-    "Check the plan's options and compute what the store lacks, in this process or in several."
-    plan.check()
-    check_number('workers', workers, 0, integer=True)
-    if not workers: workers = (os.cpu_count() or 1) if settings.resolve().type == 'cpu' else 1
-    if workers == 1: return execute(plan, store, settings, **options)
-    return execute_in_processes(plan, store, workers, settings, **options)
 
 # %% ../../nbs/experiments/04_execution.ipynb #34dc3f0b
 def main(arguments=None):

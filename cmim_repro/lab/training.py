@@ -103,7 +103,8 @@ class Settings:
     inside_seconds: float = 300. # Least time between two checkpoints inside an epoch
 
     def __post_init__(self):
-        for name in ('channels_last', 'compile', 'tf32'): check_choice(name, getattr(self, name), (True, False))
+        for name in ('channels_last', 'compile', 'tf32'):
+            if not isinstance(getattr(self, name), bool): raise Invalid(f'{name} is {getattr(self, name)!r}; it must be True or False.')
         check_number('micro_batch', self.micro_batch, 0, integer=True)
         for name in ('checkpoint_seconds', 'inside_seconds'): check_number(name, getattr(self, name), 0)
 
