@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core import Invalid, Unusable, atomic_write, check_number
-from .execution import complaints, execute, execute_in_processes, read_settings, worker_command
+from .execution import complaints, execute, execute_in_processes, worker_command
 from .runs import Plan
 from .store import Store
 from ..lab.training import Settings
