@@ -52,6 +52,17 @@ def test_operations_of_a_known_network(data, network, shape, classes):
     assert operations(run, needed=True)['answers'] == 2*madds*(size.test + size.held_out + size.train)
 
 
+def test_downloaded_weights_are_not_trained():
+    found = operations(make_run('imagenet', 'imagenet_resnet18', 'ce', model_options={'pretrained': True}), needed=True)
+    assert set(found) == {'answers'} and found['answers'] == 2*multiply_adds('imagenet_resnet18', {}, size_of('imagenet', {}))*50_000
+
+
+def test_every_earlier_stage_of_a_chain_is_asked():
+    teacher, size = make_run('cifar100', 'vgg16', 'ce'), size_of('cifar100', {})
+    third = make_run('cifar100', 'vgg11', 'scm', teacher=teacher, stages=3, imitate='mean')
+    assert operations(third)['teacher'] == 2*2*multiply_adds('vgg11', {}, size)*size.train*third.recipe.epochs
+
+
 def test_subsets_of_the_data_are_respected():
     whole, part = size_of('tinyimagenet', {}), size_of('tinyimagenet', {'classes': 50, 'per_class': 40, 'test_per_class': 10, 'held_out': .25})
     assert (whole.train, whole.test, whole.classes) == (100_000, 10_000, 200)

@@ -19,7 +19,8 @@ import torch
 from ..attacks.knockoff import transfer_source
 from ..core import Invalid, Unusable, check_choice, check_number
 from ..defenses.core import release
-from .runs import canonical
+from .execution import ROOM
+from .runs import canonical, heard_by
 from ..lab.data.core import dataset, step_count
 from ..lab.models.core import describe, sketch
 from ..lab.training import Settings
@@ -87,7 +88,8 @@ def trains(
     run, # A `Run`
 )->bool:
     "Is something trained, or only a finished model asked?"
-    return run.kind != 'release' or release.note(run.method, 'recipe') is not None
+    if run.kind == 'release': return release.note(run.method, 'recipe') is not None
+    return not (run.method == 'ce' and run.model_options.get('pretrained'))
 
 
 def own_work(
@@ -127,13 +129,14 @@ def operations(
     "Operations of a run by purpose; `teacher` is what the whole cohort shares."
     size, recipe = size_of(run.data, run.data_options), run.recipe
     own, tests, images = own_work(run, size), size.test + size.held_out, queried(run)
-    kept = 0 if run.kind == 'attack' else 2*answer_work(run, size)*(tests + (size.train if needed or not trains(run) else 0))
+    asked_later = needed and 4*size.train*size.classes <= ROOM
+    kept = 0 if run.kind == 'attack' else 2*answer_work(run, size)*(tests + (size.train if asked_later else 0))
     if not trains(run): return {'answers': kept}
     found = {'training': 6*own*images*recipe.epochs, 'evaluation': 2*own*tests*recipe.epochs, 'answers': kept}
     if run.method == 'cmim': found['cmim'] = _cmim(run, own, size)*recipe.epochs
     if run.teacher:
         asked = images*(1 if recipe.augment == 'none' else recipe.epochs) + (tests*recipe.epochs if run.kind == 'release' else 0)
-        found['teacher'] = 2*answer_work(run.teacher, size)*asked
+        found['teacher'] = 2*sum(answer_work(other, size) for other in heard_by(run))*asked
     return found
 
 # %% ../../nbs/experiments/06_estimate.ipynb #a11fb394

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -177,6 +177,9 @@ def worker_options(
     return [{'nthreads': 1, 'memory_limit': 0, 'host': '127.0.0.1', 'env': place, 'resources': {'GPU': 1} if devices else {}} for place in places]
 
 # %% ../../nbs/experiments/09_executors.ipynb #67f9cfdb
+_PATIENCE = {'distributed.worker.daemon': False, 'distributed.scheduler.worker-ttl': '1 hour'}
+
+
 @contextlib.contextmanager
 def local_client(
     workers: int=0, # As for `worker_options`
@@ -187,7 +190,7 @@ def local_client(
     import dask
     specification = {i: {'cls': d.Nanny, 'options': options} for i, options in enumerate(worker_options(workers, settings))}
     scheduler = {'cls': d.Scheduler, 'options': {'host': '127.0.0.1', 'port': 0, 'dashboard_address': ':0'}}
-    with dask.config.set({'distributed.worker.daemon': False}), d.SpecCluster(specification, scheduler) as cluster, d.Client(cluster) as client: yield client
+    with dask.config.set(_PATIENCE), d.SpecCluster(specification, scheduler) as cluster, d.Client(cluster) as client: yield client
 
 # %% ../../nbs/experiments/09_executors.ipynb #91e0d5ca
 def slurm_cluster(
@@ -218,9 +221,11 @@ def slurm_client(
 ):
     "A client of a cluster of Slurm jobs, which are cancelled at its end."
     if not shutil.which('sbatch'): raise Unusable("executor 'slurm' needs the command sbatch; start the notebook on a machine from which jobs can be submitted.")
-    with slurm_cluster() as cluster:
+    d = _dask()
+    import dask
+    with dask.config.set(_PATIENCE), slurm_cluster() as cluster:
         cluster.adapt(minimum_jobs=1, maximum_jobs=jobs)
-        with _dask().Client(cluster) as client: yield client
+        with d.Client(cluster) as client: yield client
 
 # %% ../../nbs/experiments/09_executors.ipynb #3e887002
 @contextlib.contextmanager
@@ -326,6 +331,7 @@ def compute(
     if all(map(store.finished, plan.runs)): return complaints(plan, store)
     if kind == 'torchrun': return execute_with_torchrun(plan, store, place, settings, **options)
     with _client(kind, place, workers, settings, parts_of(plan, store)) as client:
+        if kind == 'dask' and settings.device.startswith('cuda:'): settings = replace(settings, device='cuda') # the only one that its worker sees
         resources = {'GPU': 1} if kind == 'slurm' else gpu_resource(client)
         return execute_on_dask(plan, store, client, settings, resources=resources, **options)
 
