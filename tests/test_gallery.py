@@ -10,8 +10,10 @@ from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
 
+import nbformat
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 
@@ -145,6 +147,25 @@ os.replace = replace
 '''
 
 
+def kill(process):
+    "Kill a process and all its descendants at once, as a power cut does."
+    family = [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []
+    for member in family: member.kill()
+    process.wait()
+    return bool(family)
+
+
+@pytest.fixture
+def start(tmp_path):
+    "A function that starts a narrowed `make tables`; what is still running in the end is killed."
+    started = []
+    def start(spy):
+        started.append(command(tmp_path, spy))
+        return started[-1]
+    yield start
+    for process in started: kill(process)
+
+
 def command(folder, spy):
     "A narrowed `make tables`; every file that it or its children put in place is noted in `spy`."
     (folder/'spy').mkdir(exist_ok=True)
@@ -154,7 +175,7 @@ def command(folder, spy):
     pairs = [('defenses', 'ls, cmim'), ('seeds', 3), ('epochs', 4)]
     return subprocess.Popen([sys.executable, '-m', 'cmim_repro.report.gallery', 'table2', '--profile', 'smoke', '--figures', str(folder/'figures'),
                              *(str(part) for pair in pairs for part in ('-p', *pair))],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def put_in_place(folder, spy, file):
@@ -165,15 +186,13 @@ def put_in_place(folder, spy, file):
 def finished(folder): return {path.parent.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (folder/'store').glob('*/result.json')}
 
 
-def test_killed_then_started_twice_at_once_trains_nothing_twice(tmp_path):
-    first = command(tmp_path, 'first')
-    while first.poll() is None and not finished(tmp_path): time.sleep(.005)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    time.sleep(3) # a kernel looks once a second whether it has been left alone
+def test_killed_then_started_twice_at_once_trains_nothing_twice(tmp_path, start):
+    first = start('first')
+    while first.poll() is None and not finished(tmp_path): time.sleep(.05)
+    assert kill(first)
     before = finished(tmp_path)
-    assert first.returncode == -signal.SIGKILL and 0 < len(before) < 9 and not (tmp_path/'figures'/'index.html').exists()
-    both = [command(tmp_path, 'again') for _ in range(2)]
+    assert 0 < len(before) < 9 and not (tmp_path/'figures'/'index.html').exists()
+    both = [start('again') for _ in range(2)]
     outputs = [child.communicate()[0] for child in both]
     assert [child.returncode for child in both] == [0, 0] and all('table2: done in' in text and 'Gallery: ' in text for text in outputs), outputs
     after = finished(tmp_path)
@@ -185,6 +204,31 @@ def test_killed_then_started_twice_at_once_trains_nothing_twice(tmp_path):
     assert all(cell['execution_count'] for cell in executed['cells'] if cell['cell_type'] == 'code')
     assert 'smoke/table2.csv' in (tmp_path/'figures'/'index.html').read_text()
     assert not [p for p in (tmp_path/'figures'/'smoke').iterdir() if p.name.startswith('.')]
+
+
+STOPPABLE = """
+import signal, sys
+from cmim_repro.report.gallery import Runner, run_all
+runner = Runner({}, sys.argv[1] + '/executed', sys.argv[1])
+signal.signal(signal.SIGTERM, runner.stop)
+run_all(runner, ['table1', 'table2'])
+"""
+
+
+def test_a_stopped_command_leaves_no_process_and_no_half_notebook(tmp_path):
+    cells = [nbformat.v4.new_code_cell("profile = ''", metadata={'tags': ['parameters']}),
+             nbformat.v4.new_code_cell(f"import time\nopen({str(tmp_path/'started')!r}, 'w').close()\ntime.sleep(600)")]
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata={'kernelspec': {'name': 'python3', 'display_name': ''}})
+    for name in ('table1', 'table2'): nbformat.write(notebook, tmp_path/f'run_{name}.ipynb')
+    process = subprocess.Popen([sys.executable, '-c', STOPPABLE, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while process.poll() is None and not (tmp_path/'started').exists(): time.sleep(.05)
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        output, errors = process.communicate(timeout=300)
+        assert 'KeyboardInterrupt' in errors and process.returncode and len(family) >= 2 and 'table' not in output, (output, errors)
+        assert not psutil.wait_procs(family, timeout=30)[1] and not (tmp_path/'executed').exists()
+    finally: kill(process)
 
 
 @pytest.mark.parametrize('arguments, words', [
