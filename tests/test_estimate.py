@@ -49,7 +49,8 @@ def test_operations_of_a_known_network(data, network, shape, classes):
     found = operations(run)
     assert multiply_adds(network, {}, size) == madds and size.train + size.held_out == size_of(data, {}).train
     assert found == {'training': 3*2*madds*size.train*7, 'evaluation': 2*madds*(size.test + size.held_out)*7, 'answers': 2*madds*(size.test + size.held_out)}
-    assert operations(run, needed=True)['answers'] == 2*madds*(size.test + size.held_out + size.train)
+    later = 0 if data == 'imagenet' else size.train # too many answers to keep
+    assert operations(run, needed=True)['answers'] == 2*madds*(size.test + size.held_out + later)
 
 
 def test_downloaded_weights_are_not_trained():
