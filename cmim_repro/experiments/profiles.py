@@ -106,7 +106,7 @@ _SMALL = Recipe(epochs=10, batch_size=128, lr=.1, schedule='cosine', nesterov=Tr
 _QUICK = Recipe(epochs=30, batch_size=64, lr=.1, schedule='cosine', nesterov=True, warmup_epochs=1)
 _SMALL_KNOCKOFF = {'momentum': .5, 'weight_decay': 0., 'augment': 'none'}
 
-MINI = (Task('cifar100', (('cnn_medium', 'cnn_small'),), _SMALL, _SMALL, {'classes': list(MINI_CLASSES), 'held_out': .1},
+MINI = (Task('cifar100', (('cnn_medium', 'cnn_small'),), _SMALL, replace(_SMALL, epochs=6), {'classes': list(MINI_CLASSES), 'held_out': .1},
              options={'cmim': {'*': {'weight': 2.}}, 'mkd': {'*': {'initial_scale': 6.}}, 'dist': {'*': {'variant': 'paper'}}, 'dkd': {'*': {'warmup_epochs': 1}},
                       'mad': {'*': {'surrogate': 'cnn_small'}}},
              recipes={'knockoff': _SMALL_KNOCKOFF}),)
