@@ -2,10 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
+PROFILE ?= quick
+ARGS ?=
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help install table1 test notebooks pytest lint export cost lab
+.PHONY: help install table1 tables figures gallery test notebooks pytest slow lint export cost lab
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -26,6 +28,15 @@ table1: install ## run the main experiment on bundled real data (profile quick);
 	@cat figures/quick/table1.txt
 	@echo 'Tables and pictures: figures/quick/ (table1.html, cmi_*.png, simplex_*.html). The executed notebook: figures/executed/run_table1.ipynb'
 
+tables: install ## all ten tables and the gallery; PROFILE=mini and ARGS="-p data_root DIR" change how
+	$(BIN)/python -m cmim_repro.report.gallery tables --profile $(PROFILE) $(ARGS)
+
+figures: install ## all five figures and the gallery, in the same way
+	$(BIN)/python -m cmim_repro.report.gallery figures --profile $(PROFILE) $(ARGS)
+
+gallery: install ## write figures/index.html again, from what is there
+	$(BIN)/python -m cmim_repro.report.gallery
+
 test: notebooks pytest ## all notebooks as tests, then pytest
 
 notebooks: install ## all notebooks as tests, in the smoke profile
@@ -33,6 +44,9 @@ notebooks: install ## all notebooks as tests, in the smoke profile
 
 pytest: install ## the tests that tell no story: golden vectors, kills, bad input
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+slow: install ## tests that take more than half a minute each: graph capture of deep networks and the like
+	$(BIN)/python -m pytest -q -m slow -n 2 --dist worksteal
 
 lint: install ## ruff on notebooks, package and tests
 	$(BIN)/ruff check nbs cmim_repro tests

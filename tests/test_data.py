@@ -114,6 +114,20 @@ def test_processes_share_one_stream(world):
         for part in range(3): assert torch.equal(torch.cat([r[step][part] for r in ranks]), one[part])
 
 
+@pytest.mark.parametrize('rank, world', [(0, 1), (0, 2), (1, 2), (2, 3)])
+@pytest.mark.parametrize('augment, shuffle', [('standard', True), ('none', False)])
+def test_a_broken_off_epoch_goes_on_from_any_step(augment, shuffle, rank, world):
+    options = {'augment': augment, 'shuffle': shuffle, 'seed': 4, 'epoch': 7, 'rank': rank, 'world': world}
+    whole = list(drawn().batches('train', 16, **options))
+    for start in range(len(whole) + 1): same_batches(drawn().batches('train', 16, start=start, **options), whole[start:])
+
+
+def same_batches(found, expected):
+    found = list(found)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True): assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_batches_leave_the_global_generator_alone():
     data = drawn()
     before = torch.get_rng_state()
@@ -137,6 +151,8 @@ def test_a_batch_does_not_depend_on_the_one_before():
     (lambda d: d.batches('held_out', 4), 'The held_out part of noise is empty; give held_out'),
     (lambda d: d.batches('train', 4, augment='mixup'), "Unknown augmentation 'mixup'; accepted: none, standard"),
     (lambda d: d.batches('train', 4, rank=-1), 'rank is -1; it must be a whole number from 0 up to 0'),
+    (lambda d: d.batches('train', 16, start=6), 'start is 6; it must be a whole number from 0 up to 5'),
+    (lambda d: d.batches('train', 16, start=-1), 'start is -1'),
     (lambda d: d.take('train', [70]), 'Positions run from 70 to 70; the train part of noise has 70 images'),
     (lambda d: d.take('train', [-1]), 'Positions run from -1 to -1'),
 ])
@@ -282,18 +298,39 @@ def test_an_archive_with_another_sum_is_not_unpacked(server, tmp_path):
 
 # ---- ImageNet's layout
 
-def test_streamed_images_do_not_depend_on_workers(tmp_path):
+@pytest.fixture
+def tree(tmp_path):
+    "Two classes of 20 training and 20 validation images of noise, as a folder tree."
     rng = np.random.default_rng(0)
     for part in ('train', 'val'):
         for wnid in ('n01', 'n02'):
             (tmp_path / part / wnid).mkdir(parents=True)
             for i in range(20): Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / part / wnid / f'{i:02}.JPEG')
+    return tmp_path
+
+
+def test_streamed_images_do_not_depend_on_workers(tree):
     before = torch.get_rng_state()
-    streams = [list(dataset('imagenet', root=tmp_path, image_size=32, workers=workers).batches('train', 18, augment='standard', shuffle=True))
+    streams = [list(dataset('imagenet', root=tree, image_size=32, workers=workers).batches('train', 18, augment='standard', shuffle=True))
                for workers in (0, 1, 2)]
     assert torch.equal(before, torch.get_rng_state()) and len(streams[0]) == 3
-    for other in streams[1:]:
-        for a, b in zip(streams[0], other, strict=True): assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    for other in streams[1:]: same_batches(other, streams[0])
+
+
+@pytest.mark.parametrize('rank, world', [(0, 1), (1, 2)])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_broken_off_epoch_of_streamed_images_goes_on_from_any_step(tree, workers, rank, world):
+    data = dataset('imagenet', root=tree, image_size=16, workers=workers)
+    options = {'augment': 'standard', 'shuffle': True, 'seed': 4, 'epoch': 7, 'rank': rank, 'world': world}
+    whole = list(data.batches('train', 9, **options))
+    for start in range(len(whole) + 1): same_batches(data.batches('train', 9, start=start, **options), whole[start:])
+
+
+def test_images_of_steps_that_are_skipped_are_not_read(tree):
+    data = dataset('imagenet', root=tree, image_size=16, workers=0)
+    for i in range(20): (tree / 'train' / 'n01' / f'{i:02}.JPEG').unlink() # the first half of an epoch that is not shuffled
+    assert len(list(data.batches('train', 10, start=2))) == 2
+    with pytest.raises(Unusable, match='00.JPEG is missing'): next(data.batches('train', 10))
 
 
 def test_a_flat_validation_folder_says_how_to_arrange_it(tmp_path):

@@ -89,7 +89,8 @@ def throughput(
             if block: seconds[method].append(taken/steps)
             memory[method] = max(memory.get(method, 0), peak)
     work = 6*int(describe(learners['ce'].model, image_shape)['multiply-adds'].iloc[-1])*batch_size
-    return _table(network, seconds, memory, work/matmul_peak(device, precision), batch_size, precision)
+    task = {'network': network, 'image size': image_shape[1], 'classes': num_classes}
+    return _table(task, seconds, memory, work/matmul_peak(device, precision), batch_size, precision)
 
 
 def _block(learner, batches, steps, device):
@@ -100,12 +101,12 @@ def _block(learner, batches, steps, device):
     return time.perf_counter() - started, torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else 0
 
 # %% ../../nbs/experiments/05_throughput.ipynb #e3679838
-def _table(network, seconds, memory, ideal, batch_size, precision):
+def _table(task, seconds, memory, ideal, batch_size, precision):
     ratio = statistics.median(b/a for a, b in zip(seconds['ce'], seconds['cmim'], strict=True))
     rows = []
     for method, times in seconds.items():
         middle = statistics.median(times)
-        rows.append({'network': network, 'method': method, 'precision': precision, 'batch': batch_size,
+        rows.append({**task, 'method': method, 'precision': precision, 'batch': batch_size,
                      'step (ms)': 1e3*middle, 'images/s': batch_size/middle,
                      'peak memory (MiB)': memory[method]/2**20 or float('nan'), 'share of peak': ideal/middle, 'time over CE': ratio if method == 'cmim' else 1.})
     return pd.DataFrame(rows)

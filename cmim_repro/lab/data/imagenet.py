@@ -107,8 +107,8 @@ class StreamedDataSet(DataSet):
     def _made(self, split, places, augment, key):
         return torch.cat(list(self._decoded(split, [part.tolist() for part in places.cpu().split(32)], augment, key)))
 
-    def _stream(self, split, order, batch_size, augment, key, rank, world):
-        mine = [whole[rank_share(len(whole), rank, world)] for whole in batch_places(order, batch_size, world)]
+    def _stream(self, split, order, batch_size, augment, key, rank, world, start):
+        mine = [whole[rank_share(len(whole), rank, world)] for whole in batch_places(order, batch_size, world, start)]
         for images, places in zip(self._decoded(split, [part.tolist() for part in mine], augment, key), mine, strict=True):
             places = places.to(self.device, non_blocking=True)
             yield images, self._labels[split][places], places
