@@ -335,8 +335,9 @@ def attacked(
 )->Run:
     "A student that learns from a protected model."
     variant, options = _split_variant({**task.method_options(method, student), **choice})
-    return make_run(task.data, student, method, seed=teacher.seed, recipe=task.recipe('student', student, method), data_options=task.data_options,
-                    variant=variant, teacher=teacher, **options)
+    online = attack.options(method, variant, **options).get('queries') == 'online' # asks as it trains, in the common recipe
+    recipe = task.recipe('student', student, 'common' if online else method)
+    return make_run(task.data, student, method, seed=teacher.seed, recipe=recipe, data_options=task.data_options, variant=variant, teacher=teacher, **options)
 
 
 def smoothed(

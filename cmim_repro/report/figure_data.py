@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from ..core import Invalid, atomic_write, check_number
+from ..experiments.runs import victim_of
 from .figures import cmi_curves, legend_below, save_figure, simplex_points
 from .formats import Table, cell_text, runs_cell
 from .paper import label, printed
@@ -215,7 +216,8 @@ def sweep_frame(
     lines, known = [], {}
     for e in entries:
         if e.column in ('model', 'ls'): continue
-        teacher, found = e.run.teacher, {run: store.result(run) for run in (e.run, e.run.teacher)}
+        teacher = victim_of(e.run)
+        found = {run: store.result(run) for run in (e.run, teacher)}
         if found[teacher] and teacher not in known: known[teacher] = _peak(teacher, store, powers)
         accuracy = {run: 100*result[field] if result else np.nan for run, result in found.items()}
         lost = any(found[run] is None and store.diverged(run) for run in found)
