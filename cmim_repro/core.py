@@ -30,6 +30,7 @@ class Invalid(ValueError):
 
 class Unusable(Invalid, OSError):
     "A file or folder that is missing, damaged or cannot be written; the message names it and says what to do."
+    __new__ = OSError.__new__ # else an error that another process has raised cannot be made again here
     def __str__(self): return str(self.args[0]) if self.args else ''
 
 # %% ../nbs/00_core.ipynb #1d25684c
