@@ -7,7 +7,7 @@ ARGS ?=
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 
 .DEFAULT_GOAL := help
-.PHONY: help install table1 tables figures gallery test notebooks pytest lint export cost lab
+.PHONY: help install table1 tables figures gallery test notebooks pytest slow lint export cost lab
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ notebooks: install ## all notebooks as tests, in the smoke profile
 
 pytest: install ## the tests that tell no story: golden vectors, kills, bad input
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+slow: install ## tests that take more than half a minute each: graph capture of deep networks and the like
+	$(BIN)/python -m pytest -q -m slow -n 2 --dist worksteal
 
 lint: install ## ruff on notebooks, package and tests
 	$(BIN)/ruff check nbs cmim_repro tests

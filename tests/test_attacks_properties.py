@@ -1,5 +1,6 @@
 """What theory says of every attack, on inputs that hypothesis chooses."""
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from cmim_repro.attacks.core import attack
 from cmim_repro.core import Invalid
+from cmim_repro.defenses.core import release
 
 NAMES = ['avg', 'dist', 'dkd', 'htc', 'kd', 'knockoff', 'mkd', 'scm']
 VARIANTS = [(name, variant) for name in NAMES for variant in attack.variants(name)]
@@ -50,6 +52,26 @@ def test_finite_and_not_negative(name, variant, batch, epoch):
     assert value.ndim == 0 and value.isfinite() and student.grad.isfinite().all()
     assert all(p.grad.isfinite().all() for p in module.parameters())
     assert value >= (-1e-4 if student.dtype == torch.float32 else -1e-10)
+
+
+RELEASES = [('identity', {}), ('st', {}), ('st', {'ratio': .5}), ('rsp', {'variant': 'paper'}), ('rsp', {'variant': 'authors'}), ('mad', {'budget': 2.}),
+            ('mad', {'budget': 2., 'oracle': 'extreme'}), ('apgp', {})]
+
+
+@METHODS
+@pytest.mark.parametrize('B,C', [(1, 2), (1, 10), (1, 12), (5, 2), (5, 12)])
+def test_every_attack_on_every_release(name, variant, B, C):
+    "What a defence really lets out, exact zeros included, mild and extreme: the loss and all gradients are finite."
+    generator = torch.Generator().manual_seed(B*C)
+    facts = {'mad': {'num_classes': C, 'image_shape': (1, 8, 8), 'surrogate': 'cnn_tiny'}, 'apgp': {'num_classes': C, 'hidden': 8}}
+    for scale, (defence, options) in itertools.product((1., 50.), RELEASES):
+        victim, student = (2*torch.rand(2, B, C, generator=generator) - 1) * scale
+        module, student = make(name, variant, C, torch.float32), student.requires_grad_()
+        with torch.no_grad(): answers = release(defence, **options, **facts.get(defence, {}))(victim.log_softmax(1), torch.rand(B, 1, 8, 8, generator=generator))
+        if defence == 'st': assert (answers == -torch.inf).any()
+        value = module(student, answers, torch.randint(C, (B,), generator=generator), 3)
+        value.backward()
+        assert value.isfinite() and student.grad.isfinite().all() and all(p.grad.isfinite().all() for p in module.parameters()), (defence, options, scale)
 
 
 @METHODS

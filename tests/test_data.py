@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import os
 import pickle
+import signal
 import tarfile
 import threading
 from pathlib import Path
@@ -34,6 +35,7 @@ from cmim_repro.lab.data.core import (
     rank_share,
     step_count,
 )
+from cmim_repro.lab.data.imagenet import _Files
 
 REAL = os.environ.get('CMIM_TEST_DATA')
 real = pytest.mark.skipif(not REAL, reason='CMIM_TEST_DATA does not name a folder with the real data sets')
@@ -114,6 +116,20 @@ def test_processes_share_one_stream(world):
         for part in range(3): assert torch.equal(torch.cat([r[step][part] for r in ranks]), one[part])
 
 
+@pytest.mark.parametrize('rank, world', [(0, 1), (0, 2), (1, 2), (2, 3)])
+@pytest.mark.parametrize('augment, shuffle', [('standard', True), ('none', False)])
+def test_a_broken_off_epoch_goes_on_from_any_step(augment, shuffle, rank, world):
+    options = {'augment': augment, 'shuffle': shuffle, 'seed': 4, 'epoch': 7, 'rank': rank, 'world': world}
+    whole = list(drawn().batches('train', 16, **options))
+    for start in range(len(whole) + 1): same_batches(drawn().batches('train', 16, start=start, **options), whole[start:])
+
+
+def same_batches(found, expected):
+    found = list(found)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True): assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_batches_leave_the_global_generator_alone():
     data = drawn()
     before = torch.get_rng_state()
@@ -137,6 +153,8 @@ def test_a_batch_does_not_depend_on_the_one_before():
     (lambda d: d.batches('held_out', 4), 'The held_out part of noise is empty; give held_out'),
     (lambda d: d.batches('train', 4, augment='mixup'), "Unknown augmentation 'mixup'; accepted: none, standard"),
     (lambda d: d.batches('train', 4, rank=-1), 'rank is -1; it must be a whole number from 0 up to 0'),
+    (lambda d: d.batches('train', 16, start=6), 'start is 6; it must be a whole number from 0 up to 5'),
+    (lambda d: d.batches('train', 16, start=-1), 'start is -1'),
     (lambda d: d.take('train', [70]), 'Positions run from 70 to 70; the train part of noise has 70 images'),
     (lambda d: d.take('train', [-1]), 'Positions run from -1 to -1'),
 ])
@@ -282,24 +300,153 @@ def test_an_archive_with_another_sum_is_not_unpacked(server, tmp_path):
 
 # ---- ImageNet's layout
 
-def test_streamed_images_do_not_depend_on_workers(tmp_path):
+@pytest.fixture
+def tree(tmp_path):
+    "Two classes of 20 training and 20 validation images of noise, as a folder tree."
     rng = np.random.default_rng(0)
     for part in ('train', 'val'):
         for wnid in ('n01', 'n02'):
             (tmp_path / part / wnid).mkdir(parents=True)
             for i in range(20): Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / part / wnid / f'{i:02}.JPEG')
+    return tmp_path
+
+
+def test_streamed_images_do_not_depend_on_workers(tree):
     before = torch.get_rng_state()
-    streams = [list(dataset('imagenet', root=tmp_path, image_size=32, workers=workers).batches('train', 18, augment='standard', shuffle=True))
+    streams = [list(dataset('imagenet', root=tree, image_size=32, workers=workers).batches('train', 18, augment='standard', shuffle=True))
                for workers in (0, 1, 2)]
     assert torch.equal(before, torch.get_rng_state()) and len(streams[0]) == 3
-    for other in streams[1:]:
-        for a, b in zip(streams[0], other, strict=True): assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    for other in streams[1:]: same_batches(other, streams[0])
 
 
-def test_a_flat_validation_folder_says_how_to_arrange_it(tmp_path):
-    (tmp_path / 'train' / 'n01').mkdir(parents=True)
-    (tmp_path / 'val').mkdir()
-    with pytest.raises(Unusable, match='has no class folders; arrange it with torchvision.datasets.ImageNet'): dataset('imagenet', root=tmp_path)
+@pytest.mark.parametrize('rank, world', [(0, 1), (1, 2)])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_broken_off_epoch_of_streamed_images_goes_on_from_any_step(tree, workers, rank, world):
+    data = dataset('imagenet', root=tree, image_size=16, workers=workers)
+    options = {'augment': 'standard', 'shuffle': True, 'seed': 4, 'epoch': 7, 'rank': rank, 'world': world}
+    whole = list(data.batches('train', 9, **options))
+    for start in range(len(whole) + 1): same_batches(data.batches('train', 9, start=start, **options), whole[start:])
+
+
+def test_images_of_steps_that_are_skipped_are_not_read(tree):
+    data = dataset('imagenet', root=tree, image_size=16, workers=0)
+    for i in range(20): (tree / 'train' / 'n01' / f'{i:02}.JPEG').unlink() # the first half of an epoch that is not shuffled
+    assert len(list(data.batches('train', 10, start=2))) == 2
+    with pytest.raises(Unusable, match='00.JPEG is missing'): next(data.batches('train', 10))
+
+
+def flatten(tree):
+    "The validation images as the published archive has them: all in one folder."
+    for image in sorted((tree / 'val').rglob('*.JPEG')): image.rename(tree / 'val' / f'{image.parent.name}_{image.name}')
+    for folder in filter(Path.is_dir, list((tree / 'val').iterdir())): folder.rmdir()
+
+
+def change(tree, what):
+    "Damage a tree in one way; returns what the sentence must say."
+    train, val = tree / 'train' / 'n02' / '03.JPEG', tree / 'val' / 'n01' / '05.JPEG'
+    if what in ('truncated in train', 'truncated in val'):
+        path = train if 'train' in what else val
+        path.write_bytes(path.read_bytes()[:400])
+        return f'{path} is not a readable image'
+    if what == 'text':
+        val.write_text('no image at all')
+        return f'{val} is not a readable image (of no known kind)'
+    if what == 'no bytes':
+        train.write_bytes(b'')
+        return f'{train} is not a readable image'
+    if what == 'empty class folder':
+        for image in (tree / 'train' / 'n02').iterdir(): image.unlink()
+        return f"{tree / 'train' / 'n02'} holds no JPEG or PNG images"
+    if what in ('class missing in val', 'class missing in train'):
+        path = tree / what.split()[-1] / 'n02'
+        for image in path.iterdir(): image.unlink()
+        path.rmdir()
+        return f'{path} is missing: train and val must have the same class folders'
+    if what == 'flat val':
+        flatten(tree)
+        return f"{tree / 'val'} has no class folders; arrange it with torchvision.datasets.ImageNet"
+    (tree / 'val').rename(tree / 'validation')
+    return f'{tree} has no folder val'
+
+
+DAMAGE = ['truncated in train', 'truncated in val', 'text', 'no bytes', 'empty class folder', 'class missing in val', 'class missing in train', 'flat val', 'no val']
+
+
+@pytest.mark.parametrize('what', DAMAGE)
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_damaged_tree_is_one_sentence_that_names_the_file(tree, what, workers):
+    if workers and what not in DAMAGE[:3]: pytest.skip('is found before any image is read')
+    words = change(tree, what)
+    with pytest.raises(Unusable) as refusal:
+        data = dataset('imagenet', root=tree, image_size=16, workers=workers)
+        for split in ('train', 'test'): list(data.batches(split, 18))
+    assert words in str(refusal.value) and '\n' not in str(refusal.value)
+
+
+def killed_at(place, made=_Files.__getitem__):
+    "Reading an image that ends the worker process, as the kernel does when memory runs out."
+    def read(self, i):
+        if i == place: os.kill(os.getpid(), signal.SIGKILL)
+        return made(self, i)
+    return read
+
+
+def test_a_worker_that_dies_is_one_sentence(tree, monkeypatch):
+    monkeypatch.setattr(_Files, '__getitem__', killed_at(25))
+    data = dataset('imagenet', root=tree, image_size=16, workers=2)
+    with pytest.raises(Unusable, match='A process that reads images for this one was ended from outside') as refusal: list(data.batches('train', 10))
+    assert '\n' not in str(refusal.value)
+
+
+def test_a_file_that_may_not_be_read_is_named(tree, monkeypatch):
+    def refuse(path, *_): raise PermissionError(13, 'Permission denied', str(path))
+    monkeypatch.setattr('PIL.Image.open', refuse)
+    with pytest.raises(Unusable, match='00.JPEG is not a readable image .*Permission denied'): next(dataset('imagenet', root=tree, workers=0).batches('train', 10))
+
+
+# ---- TinyImageNet's layout
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    "Two classes of TinyImageNet, four training and two validation images each, some grey."
+    monkeypatch.setenv('CMIM_DATA', str(tmp_path / 'downloads'))
+    rng, folder, notes = np.random.default_rng(0), tmp_path / 'tiny-imagenet-200', []
+
+    def save(path, grey):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (64, 64) if grey else (64, 64, 3), dtype=np.uint8)).save(path)
+
+    for wnid in ('n01', 'n02'):
+        for i in range(4): save(folder / 'train' / wnid / 'images' / f'{wnid}_{i}.JPEG', i == 0)
+        for i in range(2):
+            save(folder / 'val' / 'images' / f'val_{wnid}_{i}.JPEG', i == 1)
+            notes.append(f'val_{wnid}_{i}.JPEG\t{wnid}\t0\t0\t63\t63\n')
+    (folder / 'wnids.txt').write_text('n01\nn02\n')
+    (folder / 'words.txt').write_text('n01\tgoldfish\nn02\tpole\n')
+    (folder / 'val' / 'val_annotations.txt').write_text(''.join(notes))
+    return folder
+
+
+def test_grey_images_have_three_equal_channels(tiny):
+    data = dataset('tinyimagenet', root=tiny)
+    equal = [bool((x == x[:1]).all()) for x in data._images['train']]
+    assert equal == [True, False, False, False] * 2 and data._images['train'].shape == (8, 3, 64, 64)
+
+
+@pytest.mark.parametrize('damage, words', [
+    (lambda f: (f / 'val' / 'val_annotations.txt').unlink(), 'val_annotations.txt cannot be read (No such file or directory)'),
+    (lambda f: (f / 'val' / 'images' / 'val_n02_1.JPEG').write_bytes(b'text'), 'val_n02_1.JPEG is not a readable image (of no known kind)'),
+    (lambda f: (p := f / 'val' / 'images' / 'val_n02_1.JPEG').write_bytes(p.read_bytes()[:300]), 'val_n02_1.JPEG is not a readable image'),
+    (lambda f: (p := f / 'train' / 'n01' / 'images' / 'n01_2.JPEG').write_bytes(p.read_bytes()[:300]), 'n01_2.JPEG is not a readable image'),
+    (lambda f: [p.unlink() for p in (f / 'train' / 'n02' / 'images').iterdir()], 'n02/images holds no JPEG or PNG images'),
+    (lambda f: (f / 'train' / 'n02').rename(f / 'train' / 'n03'), "the class folders of train must be those of wnids.txt"),
+    (lambda f: (f / 'val' / 'images').rename(f / 'val' / 'pictures'), 'val/images cannot be read'),
+    (lambda f: Image.new('RGB', (63, 64)).save(f / 'train' / 'n01' / 'images' / 'n01_1.JPEG'), 'n01_1.JPEG has 63 by 64 pixels; it must have 64 by 64'),
+])
+def test_a_damaged_tinyimagenet_is_one_sentence_that_names_the_file(tiny, damage, words):
+    damage(tiny)
+    with pytest.raises(Unusable) as refusal: dataset('tinyimagenet', root=tiny)
+    assert words in str(refusal.value) and '\n' not in str(refusal.value)
 
 
 def test_augmented_draws_for_the_whole_batch():

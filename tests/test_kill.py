@@ -22,7 +22,7 @@ PLAN = Plan.of([make_run('digits', 'cnn_tiny', method, teacher=TEACHER, **COMMON
 def command(folder, plan):
     (folder/'plan.json').write_text(json.dumps([run.to_dict() for run in plan.runs]))
     return [sys.executable, '-m', 'cmim_repro.experiments.execution', str(folder/'plan.json'), '--store', str(folder/'store'), '--threads', '1',
-            '--device', 'cpu', '--checkpoint-seconds', '0']
+            '--device', 'cpu', '--settings', 'checkpoint_seconds=0, inside_seconds=0']
 
 
 def finished_files(folder, run):

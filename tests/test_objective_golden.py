@@ -51,6 +51,7 @@ def test_value_and_gradient(case, kind, chunk, dtype):
     close = tolerance(case, dtype)
     torch.testing.assert_close(value, g[f'reg_{kind}'].to(dtype), **close)
     torch.testing.assert_close(torch.autograd.grad(value, z)[0], g[f'reg_grad_logits_{kind}'].to(dtype), **close)
+    torch.testing.assert_close(F.cross_entropy(z, g['labels']), g['ce'].to(dtype), **close)
     torch.testing.assert_close(F.cross_entropy(z, g['labels']) + value, g[f'objective_{kind}'].to(dtype), **close)
 
 

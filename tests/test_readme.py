@@ -1,20 +1,33 @@
 """What the README shows is what the committed results hold, and the commands it names exist."""
+import json
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT/'README.md').read_text()
 
 
-@pytest.mark.parametrize('name', re.findall(r'<!-- (\S+\.md) -->', README))
-def test_tables_are_the_committed_ones(name):
-    shown = README.split(f'<!-- {name} -->')[1].split('<!-- end -->')[0].strip()
+NOTEBOOK = '\n'.join(''.join(cell['source']) for cell in json.loads((ROOT/'nbs'/'run_table1.ipynb').read_text())['cells'] if cell['cell_type'] == 'markdown')
+SHOWN = [(text, name) for text in (README, NOTEBOOK) for name in re.findall(r'<!-- (\S+\.md) -->', text)]
+
+
+@pytest.mark.parametrize('text, name', SHOWN, ids=[name for _, name in SHOWN])
+def test_tables_are_the_committed_ones(text, name):
+    shown = text.split(f'<!-- {name} -->')[1].split('<!-- end -->')[0].strip()
     assert shown == (ROOT/name).read_text().strip()
 
 
-def test_there_is_a_table(): assert re.findall(r'<!-- (\S+\.md) -->', README)
+def test_numbers_of_the_prose_are_those_of_the_files():
+    cmi = pd.read_csv(ROOT/'data'/'results'/'mini'/'cmi.csv').set_index(['defense', 'alpha'])['mean']
+    for defense in ('cmim', 'ce'): assert ' / '.join(f'{cmi[defense, alpha]:.3f}' for alpha in (.25, .5, 1.)) in README
+    seeds = pd.read_csv(ROOT/'data'/'results'/'mini'/'verdicts.csv').set_index('defense')['seeds to decide']
+    assert f"from {seeds['ls']} (LS) and {seeds['ce']} (CE) to {seeds['cmim']} (CMIM) and thousands" in README and seeds.min() == seeds['ls'] and seeds.max() > 1000
+
+
+def test_there_is_a_table(): assert len(SHOWN) >= 3
 
 
 def test_make_targets_exist():

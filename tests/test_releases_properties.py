@@ -87,6 +87,36 @@ def test_names_of_classes_do_not_matter(name, options, classes, rows, seed):
     torch.testing.assert_close(module(log_probs[:, order]).exp(), module(log_probs).exp()[:, order])
 
 
+@pytest.mark.parametrize('oracle', ['argmax', 'extreme'])
+@quick
+@given(st.integers(2, 50), st.integers(1, 4), st.integers(0, 2**31))
+def test_names_of_classes_do_not_matter_to_mad(oracle, classes, rows, seed):
+    "Victim and surrogate are renamed together. Two corners may be equally good, so the angle and the budget are compared where the corners differ."
+    random = torch.Generator().manual_seed(seed)
+    y, s = torch.randn(2, rows, classes, dtype=torch.float64, generator=random).mul(torch.tensor([[[4.]], [[.5]]])).softmax(-1)
+    order = torch.randperm(classes, generator=random)
+    plain, renamed = poison(y, s, oracle=oracle), poison(y[:, order], s[:, order], oracle=oracle)
+    torch.testing.assert_close(angular_deviation(renamed, y[:, order], s[:, order]), angular_deviation(plain, y, s), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close((renamed - y[:, order]).abs().sum(-1), (plain - y).abs().sum(-1), rtol=1e-6, atol=1e-6)
+    if classes > 2: torch.testing.assert_close(renamed, plain[:, order], rtol=1e-6, atol=1e-6)
+
+
+@quick
+@given(st.integers(2, 40), st.integers(1, 4), st.integers(0, 2**31))
+def test_names_of_classes_do_not_matter_to_apgp(classes, rows, seed):
+    "Where the generator's inputs and outputs are renamed with the classes."
+    random = torch.Generator().manual_seed(seed)
+    log_probs = torch.randn(rows, classes, dtype=torch.float64, generator=random).log_softmax(-1)
+    order = torch.randperm(classes, generator=random)
+    plain, renamed = (made('apgp', {}, classes).double() for _ in range(2))
+    first, last = renamed.generator.perceptron[0], renamed.generator.perceptron[-1]
+    with torch.no_grad():
+        first.weight.copy_(first.weight[:, order])
+        last.weight.copy_(last.weight[order])
+        last.bias.copy_(last.bias[order])
+        torch.testing.assert_close(renamed(log_probs[:, order]), plain(log_probs)[:, order])
+
+
 KEEP_TOP = [('identity', {}), ('st', {}), ('st', {'ratio': .4}), ('mad', {}), ('mad', {'budget': 2.}), ('mad', {'norm': 'l2', 'objmax': False})]
 
 

@@ -24,7 +24,7 @@ def plan_file(folder, *runs):
     return str(path)
 
 
-def command(folder, *runs): return [plan_file(folder, *runs), '--store', str(folder/'store'), '--device', 'cpu', '--checkpoint-seconds', '0']
+def command(folder, *runs): return [plan_file(folder, *runs), '--store', str(folder/'store'), '--device', 'cpu', '--settings', 'checkpoint_seconds=0']
 
 
 def error(capsys):

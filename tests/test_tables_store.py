@@ -1,6 +1,7 @@
 """Tables 1 to 9 are functions of entries and store: a changed number changes every table that uses it, a deleted run leaves an empty cell."""
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -180,3 +181,31 @@ def test_gain_and_difference_lose_only_the_missing_seed(store):
     assert cells(TABLES['8'], store)[place].n == 1
     store.forget(one('cmim', 'ls', seed=1))
     assert cells(TABLES['8'], store)[place].mean is None
+
+
+def ends_of_environments(tex):
+    opened = []
+    for kind, name in re.findall(r'\\(begin|end)\{(\w+)\}', tex):
+        if kind == 'begin': opened.append(name)
+        else: assert opened.pop() == name
+    return opened
+
+
+@pytest.mark.parametrize('name', TABLES)
+def test_latex_is_well_formed(store, name):
+    kind = TABLES[name]
+    table = replace(kind.make(kind.entries, store), note='100 % of a_b & {c} for $1 #2 | `x ~ y^2` \\ < → ω² ± 3')
+    tex = to_latex(table)
+    assert tex.isascii() and ends_of_environments(tex) == []
+    width = len(re.search(r'\\begin\{tabular\}\{([lr]+)\}', tex)[1])
+    assert width == len(table.labels) + len(table.columns)
+    rows = [line for line in tex.splitlines() if line.endswith('\\\\')]
+    spans = [int(found[1]) for line in rows if (found := re.match(r'\\multicolumn\{(\d+)\}', line))]
+    assert set(spans) <= {width} and len(spans) == sum(isinstance(row, str) for row in table.rows)
+    plain = [line for line in rows if not line.startswith('\\multicolumn')]
+    assert len(plain) == 1 + len(table.rows) - len(spans) and {len(re.split(r'(?<!\\)&', line)) for line in plain} == {width}
+    unescaped = re.sub(r'\\[&%$#_{}]', '', tex)
+    assert unescaped.count('{') == unescaped.count('}') and unescaped.count('$') % 2 == 0
+    assert not re.search('[_#~]', unescaped) and re.findall('.?%', unescaped) == ['%', '{%'] # the comment with the packages, and a line end
+    for rule in ('toprule', 'midrule', 'bottomrule'): assert f'\\{rule}' in tex
+    assert r'\%' in tex and r'\textbar{}' in tex

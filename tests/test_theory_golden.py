@@ -42,6 +42,12 @@ def close(actual, expected, zero=1e-14):
 
 def test_the_golden_files_hold_what_is_tested():
     assert len(CMIM) == 6 and len(CMI) == 6
+    inputs = {'logits', 'labels', 'alphas', 'omega', 'lam', 'beta', 'classes', 'Q'}
+    here = {'power_probs', 'centroids', 'class_cmi', 'class_cmi_dalpha', 'class_kl_to_Q', 'class_cmi_max_over_alphas', 'class_cmi_logmeanexp', 'overall_cmi_per_alpha'}
+    with_the_objective = {'ce'} | {f'{what}_{kind}' for what in ('reg', 'objective', 'reg_grad_logits') for kind in ('Q', 'centroid')}
+    for g in CMIM.values(): assert set(g) == inputs | here | with_the_objective and (g['alphas'] <= g['beta']).all()
+    earlier = {'student_logits', 'teacher_logits', 'labels', 'Q', 'ce', 'centroids', 'cmi', 'cmi_grad_fixed_centroids', 'kl_to_Q', 'kl_to_Q_grad'}
+    for g in CMI.values(): assert set(g) == earlier
     assert sum(c.endswith('ext') for c in (*CMIM, *CMI)) == 2
 
 

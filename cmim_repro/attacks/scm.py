@@ -33,7 +33,7 @@ class SCM(KD):
         reduction: str='batchmean', # `elemmean` divides the soft term by C
     ):
         super().__init__(weight, temperature, reduction)
-        self.stages = check_number('stages', stages, 1, integer=True)
+        self.stages = check_number('stages', stages, 1, 50, integer=True)
         self.imitate = check_choice('imitate', imitate, ['last', 'mean'])
 
     def teacher(self,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..core import Invalid, check_choice, check_number, patch_to
 from .core import Objective, objective
-from ..theory.objective import (BatchBank, MemoryBank, ResampleBank, cmim_regularizer, draw_powers, gather_over_processes, processes,
+from ..theory.objective import (BatchBank, MemoryBank, ResampleBank, cmim_regularizer, draw_powers, gather_over_processes, process_rank, processes,
                                          sum_over_processes)
 
 # %% ../../nbs/defenses/05_cmim.ipynb #e0fddd49
@@ -22,6 +22,8 @@ VARIANTS = {'paper': {'centroids': 'resample', 'per_class': 8, 'every': 1},
 @objective.register('cmim', variants=VARIANTS, context=('num_classes', 'train_labels', 'seed'))
 class CMIM(Objective):
     "Cross-entropy plus minimised conditional mutual information, in nats (eq. 28, Algorithm 1)."
+    sums_over_processes = True # its own sums are all-reduced: it wants this process's rows
+
     def __init__(self,
         weight=.5, # lambda, from 0
         beta=2., # Powers are between 0 and beta
@@ -92,7 +94,6 @@ def before_step(self, forward, data, batch):
 
 def _fresh_outputs(forward, data, key, indices, labels, device):
     "This process's share of the groups of images, as (log_probs, labels)."
-    rank = torch.distributed.get_rank() if processes() > 1 else 0
-    for group in range(rank, -(-len(indices)//GROUP), processes()):
+    for group in range(process_rank(), -(-len(indices)//GROUP), processes()):
         part = slice(group*GROUP, (group + 1)*GROUP)
         yield forward(data.take('train', indices[part], augment='standard', key=(*key, group))), labels[part].to(device)

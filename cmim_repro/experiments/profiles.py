@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'PAPER', 'MINI_CLASSES', 'MINI', 'QUICK', 'SMOKE', 'PROFILES', 'Task', 'Profile', 'profile', 'names',
            'parse_overrides', 'narrowed', 'check_parameters', 'Entry', 'protected', 'attacked', 'smoothed', 'label',
-           'table1_entries']
+           'candidates', 'table1_entries']
 
 # %% ../../nbs/experiments/03_profiles.ipynb #d05b8a7f
 import inspect
@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, fields, replace
 from ..attacks.core import attack
 from ..core import Invalid, check_choice, check_number
 from ..defenses.core import objective, release
-from .runs import Run, kind_of, make_run
+from .runs import Run, kind_of, make_run, registry_of
+from ..lab.data.core import dataset
 from ..lab.models.core import model
 from ..lab.training import Recipe, override
 
@@ -34,6 +35,8 @@ class Task:
     epsilons: tuple = (.01, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9) # Grid of the label-smoothing student (App. G)
     options: Mapping = field(default_factory=dict) # Method to {network or '*': options}
     recipes: Mapping = field(default_factory=dict) # Network or method to changes of its recipe
+    choices: Mapping = field(default_factory=dict) # Name to (recipe, network to changes of it): what `recipe=NAME` may choose
+    pretrained: bool = False # Take the cross-entropy teachers' published weights instead of training them
 
     def method_options(self, method, network):
         "Options of a method for a network."
@@ -54,26 +57,46 @@ RECIPES = {
     'imagenet-mobilenetv2': Recipe(epochs=300, batch_size=256, lr=.045, weight_decay=4e-5, schedule='step', step_epochs=1, gamma=.98),
 }
 _SLOW = {name: {'lr': .01} for name in ('shufflenetv2', 'mobilenet', 'mobilenetv2')}
+
+
+def _differences(one, other): return {f.name: getattr(other, f.name) for f in fields(Recipe) if getattr(one, f.name) != getattr(other, f.name)}
+
+
+_MOBILENET = {'imagenet_mobilenetv2': _differences(RECIPES['imagenet'], RECIPES['imagenet-mobilenetv2'])}
+_CHOICES = {'authors': (RECIPES['authors'], _SLOW), 'paper': (RECIPES['paper'], {})}
+_IMAGENET_CHOICES = {name: (RECIPES['imagenet'], _MOBILENET) for name in ('imagenet', *_CHOICES)}
 _KNOCKOFF = {'lr': .01, 'momentum': .5, 'weight_decay': 0., 'epochs': 100, 'batch_size': 64, 'schedule': 'step', 'step_epochs': 60, 'gamma': .1,
              'augment': 'none', 'warmup_epochs': 0}
 
 # %% ../../nbs/experiments/03_profiles.ipynb #b29d8617
+_DEFENSES = {'mad': {'surrogate': 'vgg8', 'oracle': 'argmax'}, 'apgp': {'weight': .1}, 'rsp': {'steepness': 20.}, 'snt': {'weight': .2}, 'st': {'ratio': .1},
+             'ls': {'epsilon': .05}, 'cmim': {'beta': 2., 'count': 25, 'omega': 25.}}
+_ATTACKS = {'kd': {'weight': .9}, 'mkd': {'weight': .9, 'transform_lr': 1e-3, 'initial_scale': 6.}, 'dist': {'variant': 'paper'},
+            'htc': {'weight': .01, 'temperature': 20.}, 'avg': {'weight': .9}}
+
+
+def _settings(temperature, dimension, **by_network):
+    "Options of all methods: Appendix G's common ones, and those that depend on the data set and on the network."
+    softened = {name: {'temperature': temperature} for name in ('kd', 'mkd', 'dkd', 'avg')}
+    common = {name: {**_DEFENSES.get(name, {}), **_ATTACKS.get(name, {}), **softened.get(name, {})} for name in {**_DEFENSES, **_ATTACKS, **softened}}
+    common['mkd']['dimension'] = dimension
+    merged = lambda name: {**by_network.get(name, {}), '*': {**common.get(name, {}), **by_network.get(name, {}).get('*', {})}}
+    return {name: merged(name) for name in {**common, **by_network}}
+
+
+# %% ../../nbs/experiments/03_profiles.ipynb #9bb7e21f
 PAPER = (
     Task('cifar100', (('vgg16', 'vgg11'), ('vgg16', 'shufflenetv2'), ('resnet50', 'vgg11'), ('resnet50', 'resnet18')),
          RECIPES['authors'], RECIPES['authors'],
-         options={'cmim': {'vgg16': {'weight': .5}, 'resnet50': {'weight': .2}}, 'nt': {'vgg16': {'weight': .005}, 'resnet50': {'weight': .01}},
-                  'dist': {'*': {'variant': 'paper'}}, 'mkd': {'*': {'dimension': 3, 'initial_scale': 6.}}, 'ls': {'*': {'epsilon': .05}}},
-         recipes={**_SLOW, 'knockoff': _KNOCKOFF}),
+         options=_settings(4., 3, cmim={'vgg16': {'weight': .5}, 'resnet50': {'weight': .2}}, nt={'vgg16': {'weight': .005}, 'resnet50': {'weight': .01}}),
+         recipes={**_SLOW, 'knockoff': _KNOCKOFF}, choices=_CHOICES),
     Task('tinyimagenet', (('resnet34', 'resnet18'), ('resnet50', 'shufflenetv2')), RECIPES['authors'], RECIPES['authors'],
          defenses=('rsp', 'st', 'nt', 'ls', 'cmim'),
-         options={'cmim': {'resnet34': {'weight': .1}, 'resnet50': {'weight': .5}}, 'nt': {'*': {'weight': .001}}, 'dist': {'*': {'variant': 'paper'}},
-                  'mkd': {'*': {'dimension': 5, 'initial_scale': 6.}}, 'ls': {'*': {'epsilon': .05}}}, recipes={**_SLOW, 'knockoff': _KNOCKOFF}),
+         options=_settings(4., 5, cmim={'resnet34': {'weight': .1}, 'resnet50': {'weight': .5}}, nt={'*': {'weight': .001}}),
+         recipes={**_SLOW, 'knockoff': _KNOCKOFF}, choices=_CHOICES),
     Task('imagenet', (('imagenet_resnet34', 'imagenet_resnet18'), ('imagenet_resnet34', 'imagenet_mobilenetv2')), RECIPES['imagenet'], RECIPES['imagenet'],
-         defenses=('st', 'cmim'),
-         options={'cmim': {'*': {'weight': .2}}, 'kd': {'*': {'temperature': 1}}, 'mkd': {'*': {'temperature': 1, 'dimension': 16, 'initial_scale': 6.}},
-                  'dkd': {'*': {'temperature': 1}},
-                  'avg': {'*': {'temperature': 1}}, 'dist': {'*': {'variant': 'paper'}}},
-         recipes={'knockoff': _KNOCKOFF, 'imagenet_mobilenetv2': {'epochs': 300, 'lr': .045, 'weight_decay': 4e-5, 'step_epochs': 1, 'gamma': .98}}),
+         defenses=('st', 'cmim'), options=_settings(1., 16, cmim={'*': {'weight': .2}}),
+         recipes={**_MOBILENET, 'knockoff': _KNOCKOFF}, choices=_IMAGENET_CHOICES),
 )
 
 # %% ../../nbs/experiments/03_profiles.ipynb #ac5d56d8
@@ -83,7 +106,7 @@ _SMALL = Recipe(epochs=10, batch_size=128, lr=.1, schedule='cosine', nesterov=Tr
 _QUICK = Recipe(epochs=30, batch_size=64, lr=.1, schedule='cosine', nesterov=True, warmup_epochs=1)
 _SMALL_KNOCKOFF = {'momentum': .5, 'weight_decay': 0., 'augment': 'none'}
 
-MINI = (Task('cifar100', (('cnn_medium', 'cnn_small'),), _SMALL, _SMALL, {'classes': list(MINI_CLASSES), 'held_out': .1},
+MINI = (Task('cifar100', (('cnn_medium', 'cnn_small'),), _SMALL, replace(_SMALL, epochs=6), {'classes': list(MINI_CLASSES), 'held_out': .1},
              options={'cmim': {'*': {'weight': 2.}}, 'mkd': {'*': {'initial_scale': 6.}}, 'dist': {'*': {'variant': 'paper'}}, 'dkd': {'*': {'warmup_epochs': 1}},
                       'mad': {'*': {'surrogate': 'cnn_small'}}},
              recipes={'knockoff': _SMALL_KNOCKOFF}),)
@@ -146,23 +169,81 @@ def parse_overrides(
     return found
 
 # %% ../../nbs/experiments/03_profiles.ipynb #8ede53f6
+_RECIPE, _DATA = tuple(f.name for f in fields(Recipe)), ('classes', 'per_class', 'test_per_class', 'held_out', 'split_seed', 'image_size')
+_OTHER = ('epsilons', 'recipe', 'pretrained')
+
+
+def _with_recipe(task, name):
+    if not task.choices: raise Invalid(f'recipe is {name!r}; the profile has no recipes to choose from for {task.data}, only numbers to change, such as epochs=30.')
+    base, by_network = task.choices[check_choice(f'recipe for {task.data}', name, task.choices)]
+    kept = {k: v for k, v in task.recipes.items() if not any(k in networks for _, networks in task.choices.values())}
+    return replace(task, teacher_recipe=base, student_recipe=base, recipes={**kept, **by_network})
+
+
+_SCALED = ('milestones', 'step_epochs', 'warmup_epochs') # what `override` moves with the number of epochs
+
+
+def _moved(changes, recipe):
+    "What a network or method changes of its recipe, when `recipe` overrides the recipes of all: decays move with the end, what was asked for stays."
+    scale = recipe['epochs'] / changes['epochs'] if {'epochs'} <= recipe.keys() & changes.keys() else 1
+    scaled = {**changes, **({'step_epochs': max(1, round(changes['step_epochs'] * scale))} if 'step_epochs' in changes else {})}
+    asked = {name: recipe[name] for name in _SCALED if name in recipe and 'epochs' in changes}
+    return {**{name: value for name, value in scaled.items() if name not in recipe}, **asked}
+
+
+def _with_recipe_numbers(task, recipe, own):
+    "The task with changes of all recipes, and then of some networks' and methods'."
+    recipes = {who: _moved(changes, recipe) for who, changes in task.recipes.items()}
+    for who, changes in own.items(): recipes[who] = {**_moved(recipes.get(who, {}), changes), **changes}
+    return replace(task, recipes=recipes, teacher_recipe=override(task.teacher_recipe, **recipe), student_recipe=override(task.student_recipe, **recipe))
+
+
+# %% ../../nbs/experiments/03_profiles.ipynb #ce873929
+def _is_recipes(who, option):
+    "Is `who.option` a number of a recipe, rather than an option of a method?"
+    if who in model.names(): return bool(check_choice('recipe option', option, _RECIPE))
+    check_choice('method or network', who, sorted({*attack.names(), *objective.names(), *release.names(), *model.names()}))
+    return option in _RECIPE and option not in registry_of(who).options(who)
+
+
+def _with_option(task, method, option, value):
+    settings = task.options.get(method, {})
+    return replace(task, options={**task.options, method: {network: {**settings.get(network, {}), option: value} for network in {'*': None, **settings}}})
+
+
+def _listed(value): return value if isinstance(value, list) else [value]
+
+
 def _changed(task, overrides):
-    recipe_names, data_names = {f.name for f in fields(Recipe)}, ('classes', 'per_class', 'test_per_class', 'held_out', 'split_seed')
-    recipe, data, options = {}, {}, {m: {n: dict(o) for n, o in s.items()} for m, s in task.options.items()}
+    if 'recipe' in overrides: task = _with_recipe(task, overrides['recipe'])
+    recipe, own = {}, {}
     for name, value in overrides.items():
-        method, dot, option = name.partition('.')
-        if dot:
-            kind_of(method)
-            settings = options.setdefault(method, {})
-            settings.setdefault('*', {})
-            for network in settings: settings[network][option] = value
-        elif name in recipe_names: recipe[name] = value
-        elif name in data_names: data[name] = value
-        elif name == 'epsilons': task = replace(task, epsilons=tuple(value if isinstance(value, list) else [value]))
-        else: check_choice('override', name, [*sorted(recipe_names), *data_names, 'epsilons', 'METHOD.OPTION'])
-    recipes = {k: {n: v for n, v in changes.items() if n not in recipe} for k, changes in task.recipes.items()}
-    return replace(task, options=options, recipes=recipes, data_options={**task.data_options, **data},
-                   teacher_recipe=override(task.teacher_recipe, **recipe), student_recipe=override(task.student_recipe, **recipe))
+        who, dot, option = name.partition('.')
+        if option == 'milestones' or name == 'milestones': value = _listed(value)
+        if dot and _is_recipes(who, option): own.setdefault(who, {})[option] = value
+        elif dot: task = _with_option(task, who, option, value)
+        elif name in _RECIPE: recipe[name] = value
+        elif name in _DATA: task = replace(task, data_options={**task.data_options, **({name: value} if name in dataset.options(task.data) else {})})
+        elif name == 'epsilons': task = replace(task, epsilons=tuple(_listed(value)))
+        else: check_choice('override', name, [*sorted(_RECIPE), *_DATA, *_OTHER, 'METHOD.OPTION', 'NETWORK.RECIPE_OPTION'])
+    return _with_recipe_numbers(task, recipe, own)
+
+# %% ../../nbs/experiments/03_profiles.ipynb #6606f7be
+def _with_weights(task, pretrained):
+    if not isinstance(pretrained, bool): raise Invalid(f'pretrained is {pretrained!r}; it must be True or False.')
+    if task.data != 'imagenet': return task
+    if pretrained and task.data_options.get('classes') is not None:
+        raise Invalid(f"pretrained is True and classes is {task.data_options['classes']}; the published weights answer for all 1000 classes of ImageNet.")
+    return replace(task, pretrained=pretrained)
+
+
+def _check_taken(tasks, overrides):
+    "Changes that concern some data sets only must find one of them."
+    here = ', '.join(task.data for task in tasks)
+    if overrides.get('pretrained') and not any(task.data == 'imagenet' for task in tasks):
+        raise Invalid(f'pretrained is {overrides["pretrained"]}; published weights exist for the data set imagenet, and this is about {here}.')
+    if 'image_size' in overrides and not any('image_size' in dataset.options(task.data) for task in tasks):
+        raise Invalid(f'image_size is {overrides["image_size"]}; the images of {here} have a fixed size, only those of imagenet can be cut to another.')
 
 # %% ../../nbs/experiments/03_profiles.ipynb #f029e3d9
 def narrowed(
@@ -182,7 +263,9 @@ def narrowed(
     for name in attacks: check_choice('attack', name, attack.names())
     changes = {k: tuple(v) for k, v in {'defenses': defenses, 'attacks': attacks}.items() if v}
     if networks: changes['pairs'] = tuple(_pair(p) for p in names(networks))
-    tasks = tuple(_changed(replace(t, **changes), parse_overrides(overrides)) for t in chosen.tasks if not data_sets or t.data in data_sets)
+    tasks, overrides = tuple(replace(t, **changes) for t in chosen.tasks if not data_sets or t.data in data_sets), parse_overrides(overrides)
+    _check_taken(tasks, overrides)
+    tasks = tuple(_with_weights(_changed(t, overrides), overrides.get('pretrained', t.pretrained)) for t in tasks)
     if seeds is not None: check_number('seeds', seeds, 1, integer=True)
     return replace(chosen, tasks=tasks, seeds=chosen.seeds if seeds is None else seeds)
 
@@ -222,6 +305,12 @@ def _split_variant(options):
     return options.pop('variant', 'published'), options
 
 
+def _teacher_recipe(task, network, method):
+    note = kind_of(method) == 'release' and release.note(method, 'recipe') or {}
+    asked = task.recipes.get(method, {})
+    return override(task.recipe('teacher', network, method), **{k: v for k, v in note.items() if k not in asked})
+
+
 def protected(
     task: Task, # Data set and settings
     defense: str, # Name of a defence
@@ -231,9 +320,8 @@ def protected(
     "The run of a protected model; releases and NT start from the cross-entropy model with the same seed."
     def make(method, teacher=None):
         variant, options = _split_variant(task.method_options(method, network))
-        recipe = task.recipe('teacher', network, method)
-        if note := kind_of(method) == 'release' and release.note(method, 'recipe'): recipe = override(recipe, **note)
-        return make_run(task.data, network, method, seed=seed, recipe=recipe, data_options=task.data_options, variant=variant, teacher=teacher, **options)
+        known = {'model_options': {'pretrained': True}, 'recipe': Recipe()} if method == 'ce' and task.pretrained else {'recipe': _teacher_recipe(task, network, method)}
+        return make_run(task.data, network, method, seed=seed, data_options=task.data_options, variant=variant, teacher=teacher, **known, **options)
     needs = kind_of(defense) == 'release' or getattr(objective.entry(defense), 'needs_teacher', False)
     return make(defense, make('ce') if needs else None)
 
@@ -268,6 +356,16 @@ def label(
     return ', '.join(f'{k}={v:g}' for k, v in choice.items())
 
 
+def candidates(
+    task: Task, # Data set and settings
+    method: str, # Name of an attack
+    student: str, # The student's network
+)->list:
+    "The options of each candidate of the method's grid, those left out that the task sets itself; one without options if there is no grid."
+    fixed, grid = task.method_options(method, student), attack.note(method, 'grid') or [{}]
+    return list({label(c): c for c in ({k: v for k, v in choice.items() if k not in fixed} for choice in grid)}.values())
+
+
 def table1_entries(
     chosen: Profile, # A profile, perhaps narrowed
     reference: bool=True, # Add the undefended cross-entropy row
@@ -281,7 +379,7 @@ def table1_entries(
                 teacher = protected(task, defense, network, seed)
                 entries.append(Entry(task.data, defense, network, '', 'model', '', seed, teacher))
                 for method in task.attacks:
-                    for choice in attack.note(method, 'grid') or [{}]:
+                    for choice in candidates(task, method, student):
                         run = attacked(task, method, student, teacher, **choice)
                         entries.append(Entry(task.data, defense, network, student, method, label(choice), seed, run))
                 for epsilon in task.epsilons:

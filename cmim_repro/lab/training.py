@@ -4,20 +4,29 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'learning_rate', 'override', 'Settings', 'Batch', 'initialised', 'Learner', 'evaluate', 'remembered',
-           'train']
+           'train', 'join_processes']
 
 # %% ../../nbs/lab/03_training.ipynb #56e74f98
 import io
 import json
 import math
+import os
 import time
+import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, keyed_seed, patch_to
+from .data.core import rank_share
+from ..theory.objective import gather_over_processes, known_shares, process_rank, processes, sum_over_processes, whole_batch
+
 
 # %% ../../nbs/lab/03_training.ipynb #0a5d0230
 @dataclass(frozen=True)
@@ -90,19 +99,23 @@ class Settings:
     compile: bool = False # torch.compile the networks
     tf32: bool = True # TensorFloat-32 products on CUDA where float32 is asked for
     micro_batch: int = 0 # Images a forward pass; 0 means the whole batch
-    checkpoint_seconds: float = 10. # Least time between two checkpoints
+    checkpoint_seconds: float = 10. # Least time between two checkpoints at ends of epochs
+    inside_seconds: float = 300. # Least time between two checkpoints inside an epoch
 
     def __post_init__(self):
+        for name in ('channels_last', 'compile', 'tf32'):
+            if not isinstance(getattr(self, name), bool): raise Invalid(f'{name} is {getattr(self, name)!r}; it must be True or False.')
         check_number('micro_batch', self.micro_batch, 0, integer=True)
-        check_number('checkpoint_seconds', self.checkpoint_seconds, 0)
+        for name in ('checkpoint_seconds', 'inside_seconds'): check_number(name, getattr(self, name), 0)
 
     def resolve(self)->torch.device:
         "The device, checked; `Invalid` when it is not there."
-        if self.device == 'auto': return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-        try: device = torch.device(self.device)
+        name = ('cuda' if torch.cuda.is_available() else 'cpu') if self.device == 'auto' else self.device
+        if name == 'cuda' and 'LOCAL_RANK' in os.environ: name = f"cuda:{os.environ['LOCAL_RANK']}" # one GPU a process under torchrun
+        try: device = torch.device(name)
         except RuntimeError: raise Invalid(f'Unknown device {self.device!r}; accepted: auto, cpu, cuda, cuda:0, cuda:1 ...') from None
         if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
-            raise Invalid(f'device is {self.device!r}; this machine has {torch.cuda.device_count()} CUDA devices, so use cpu or auto.')
+            raise Invalid(f'device is {name!r}; this machine has {torch.cuda.device_count()} CUDA devices, so use cpu or auto.')
         return device
 
 # %% ../../nbs/lab/03_training.ipynb #0ffe0d9f
@@ -116,6 +129,10 @@ class Batch:
     seed: int # Seed of the run
     epoch: int # From 0
     step: int # From 0 within the epoch
+    shares: tuple = () # Images that each process has; empty when this one has all
+
+    @property
+    def size(self): return sum(self.shares) or len(self.labels) # images in all processes
 
 # %% ../../nbs/lab/03_training.ipynb #1f7025db
 def initialised(
@@ -141,8 +158,9 @@ class Learner:
     ):
         self.name, self.model, self.objective, self.recipe, self.inputs = name, model, objective, recipe, inputs
         self.folder = None if folder is None else Path(folder)
-        self.epoch, self.history, self.seconds, self.diverged = 0, [], 0., None
+        self.epoch, self.done, self.history, self.seconds, self.diverged = 0, 0, [], 0., None # done: steps of the present epoch
         self._saved_at = time.monotonic()
+        self.writes = folder is not None and process_rank() == 0
 
     def place(self, device, settings):
         "Move to the device and make the optimisers."
@@ -154,15 +172,22 @@ class Learner:
         self.own_optimizer = self.objective.make_optimizer() if hasattr(self.objective, 'make_optimizer') else None
         self.compiled = torch.compile(self.model) if settings.compile else self.model
         self.device, self.layout, self.micro_batch = device, layout, settings.micro_batch
+        self.trained = self.compiled if processes() == 1 else self._parallel()
         return self
+
+    def _parallel(self):
+        # buffers are averaged after every step, see `_agree`, instead of being overwritten by the first process's
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', FutureWarning) # broadcast_buffers has a new name in some releases
+            return DistributedDataParallel(self.compiled, device_ids=[self.device] if self.device.type == 'cuda' else None, broadcast_buffers=False)
 
 # %% ../../nbs/lab/03_training.ipynb #8f1194a2
 @patch_to(Learner)
-def logits(self, images, answers):
-    "Logits (B, C) in float32; the graph is kept."
+def logits(self, images, answers, network=None):
+    "Logits (B, C) in float32; the graph is kept. `network` may be the model as the optimiser trains it, in several processes."
     inputs = answers if self.inputs == 'answers' else images
     if inputs.ndim == 4: inputs = inputs.contiguous(memory_format=self.layout)
-    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == 'bf16'): return self.compiled(inputs).float()
+    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == 'bf16'): return (network or self.compiled)(inputs).float()
 
 
 @patch_to(Learner)
@@ -174,13 +199,14 @@ def log_probs(self, images, answers=None):
     self.model.train(training)
     return result
 
+
 # %% ../../nbs/lab/03_training.ipynb #e9735c8c
 @patch_to(Learner)
 def parts(self, batch):
     "The batch in parts of `micro_batch` images: (rows, inputs) of each, random numbers keyed."
     size = self.micro_batch or len(batch.labels)
     for part, start in enumerate(range(0, len(batch.labels), size)):
-        torch.manual_seed(keyed_seed(batch.seed, 'forward', batch.epoch, batch.step, part))
+        torch.manual_seed(keyed_seed(batch.seed, 'forward', batch.epoch, batch.step, part, *([process_rank()] if processes() > 1 else [])))
         rows = slice(start, start + size)
         yield rows, (batch.images[rows], None if batch.answers is None else batch.answers[rows])
 
@@ -190,7 +216,7 @@ def backward(self, batch):
     "Gradients of the objective at this batch; returns loss and logits, both detached."
     if not self.micro_batch or self.micro_batch >= len(batch.labels):
         [(_, inputs)] = self.parts(batch)
-        logits = self.logits(*inputs)
+        logits = self.logits(*inputs, self.trained)
         loss = self.loss(logits, batch)
         loss.backward()
         return loss.detach(), logits.detach()
@@ -200,15 +226,21 @@ def backward(self, batch):
     logits.requires_grad_()
     loss = self.loss(logits, batch)
     loss.backward()
-    for rows, inputs in self.parts(batch): self.logits(*inputs).backward(logits.grad[rows])
+    for rows, inputs in self.parts(batch):
+        with nullcontext() if rows.stop >= len(logits) or processes() == 1 else self.trained.no_sync():
+            self.logits(*inputs, self.trained).backward(logits.grad[rows])
     return loss.detach(), logits.detach()
 
 # %% ../../nbs/lab/03_training.ipynb #a971f5e4
 @patch_to(Learner)
 def loss(self, logits, batch):
     "The objective at these logits; objectives with a memory see the outputs first."
-    if hasattr(self.objective, 'observe'): self.objective.observe(F.log_softmax(logits.detach(), -1), batch.labels, batch.indices)
-    return self.objective(logits, batch.answers, batch.labels, epoch=batch.epoch)
+    labels, indices, answers = batch.labels, batch.indices, batch.answers
+    if not getattr(self.objective, 'sums_over_processes', False):
+        logits, (labels, indices) = whole_batch(logits), gather_over_processes(labels, indices)
+        if answers is not None: [answers] = gather_over_processes(answers)
+    if hasattr(self.objective, 'observe'): self.objective.observe(F.log_softmax(logits.detach(), -1), labels, indices)
+    return self.objective(logits, answers, labels, epoch=batch.epoch)
 
 
 @patch_to(Learner)
@@ -216,37 +248,62 @@ def step(self, batch, data, steps):
     "One step of optimisation; adds to the epoch's sums without waiting for the device."
     self.model.train()
     for group in self.optimizer.param_groups: group['lr'] = learning_rate(self.recipe, batch.epoch + batch.step/steps)
-    if hasattr(self.objective, 'before_step'): self.objective.before_step(self.log_probs, data, batch)
-    for optimizer in filter(None, (self.optimizer, self.own_optimizer)): optimizer.zero_grad(set_to_none=True)
-    loss, logits = self.backward(batch)
-    for optimizer in filter(None, (self.optimizer, self.own_optimizer)): optimizer.step()
-    self._loss_sum += loss.double()*len(logits)
-    self._hits += (logits.argmax(1) == batch.labels).sum()
-    self._seen += len(logits)
+    optimizers = [o for o in (self.optimizer, self.own_optimizer) if o]
+    with known_shares(batch.shares) if batch.shares else nullcontext():
+        if hasattr(self.objective, 'before_step'): self.objective.before_step(self.log_probs, data, batch)
+        for optimizer in optimizers: optimizer.zero_grad(set_to_none=True)
+        loss, logits = self.backward(batch)
+    if processes() > 1: self._agree()
+    for optimizer in optimizers: optimizer.step()
+    hits = (logits.argmax(1) == batch.labels).sum().double()
+    self._sums += sum_over_processes(torch.stack([loss.double()*batch.size/processes(), hits, torch.full_like(hits, len(logits))]))
+    self.done = batch.step + 1
+
+
+def _average(tensors):
+    "Replace tensors by their mean over the processes, in one exchange."
+    if not tensors: return
+    mean = sum_over_processes(torch.cat([t.flatten() for t in tensors])).div_(processes())
+    for tensor, part in zip(tensors, mean.split([t.numel() for t in tensors]), strict=True): tensor.copy_(part.view_as(tensor))
+
+
+@patch_to(Learner)
+@torch.no_grad()
+def _agree(self):
+    _average([b for b in self.model.buffers() if b.is_floating_point()])
+    if self.own_optimizer: _average([p.grad for p in self.objective.parameters() if p.grad is not None])
 
 
 @patch_to(Learner)
 def start_epoch(self):
-    "Fresh sums, and the objective's own preparation."
-    self._loss_sum, self._hits, self._seen = (torch.zeros((), dtype=torch.float64, device=self.device) for _ in range(3))
+    "Fresh sums (of losses, of right answers, of images), and the objective's own preparation."
+    self._sums = torch.zeros(3, dtype=torch.float64, device=self.device)
     if hasattr(self.objective, 'start_epoch'): self.objective.start_epoch(self.epoch)
+
 
 # %% ../../nbs/lab/03_training.ipynb #80e42477
 @patch_to(Learner)
 def state(self):
-    "All that the next epoch depends on."
-    return {'epoch': self.epoch, 'history': self.history, 'seconds': self.seconds, 'model': self.model.state_dict(), 'objective': self.objective.state_dict(),
-            'optimizer': self.optimizer.state_dict(), 'own_optimizer': self.own_optimizer.state_dict() if self.own_optimizer else None}
+    "All that the next step depends on."
+    modules = {'model': self.model, 'objective': self.objective, 'optimizer': self.optimizer, 'own_optimizer': self.own_optimizer}
+    return {'epoch': self.epoch, 'done': self.done, 'sums': self._sums, 'history': self.history, 'seconds': self.seconds,
+            **{name: module.state_dict() if module else None for name, module in modules.items()}}
 
 
 @patch_to(Learner)
 def save(self, every=0.):
     "Write the checkpoint if the last one is `every` seconds old."
-    if self.folder is None or time.monotonic() - self._saved_at < every: return
+    if not self.writes or time.monotonic() - self._saved_at < every: return
     buffer = io.BytesIO()
     torch.save(self.state(), buffer)
     atomic_write(self.folder/'checkpoint.pt', buffer.getvalue())
     self._saved_at = time.monotonic()
+
+
+@patch_to(Learner)
+def due(self, every):
+    "Is it time for a checkpoint inside the epoch? Never when the loss is not finite any more: the last good one is kept."
+    return self.writes and time.monotonic() - self._saved_at >= every and bool(self._sums.isfinite().all())
 
 
 @patch_to(Learner)
@@ -260,7 +317,8 @@ def restore(self):
         self.objective.load_state_dict(state['objective'])
         self.optimizer.load_state_dict(state['optimizer'])
         if self.own_optimizer: self.own_optimizer.load_state_dict(state['own_optimizer'])
-        self.epoch, self.history, self.seconds = state['epoch'], state['history'], state['seconds']
+        self.epoch, self.done, self.history, self.seconds = state['epoch'], state['done'], state['history'], state['seconds']
+        self._sums = state['sums'].to(self.device)
     except OSError as error: raise Unusable(f'{path} cannot be read ({error.strerror}).') from error
     except Exception as error:
         raise Unusable(f'{path} is damaged or belongs to another run ({type(error).__name__}); delete it and the run starts from its beginning.') from error
@@ -270,7 +328,7 @@ def restore(self):
 @patch_to(Learner)
 def write_metrics(self):
     "Make the metrics file agree with the history."
-    if self.folder is not None: atomic_write(self.folder/'metrics.jsonl', ''.join(json.dumps(line) + '\n' for line in self.history))
+    if self.writes: atomic_write(self.folder/'metrics.jsonl', ''.join(json.dumps(line) + '\n' for line in self.history))
 
 # %% ../../nbs/lab/03_training.ipynb #4a6b8f5d
 def evaluate(
@@ -282,27 +340,27 @@ def evaluate(
 )->list:
     "For each learner {'accuracy', 'nll'} on a split, the images normalised but not augmented."
     sums = [torch.zeros(2, dtype=torch.float64, device=learner.device) for learner in learners]
-    for images, labels, _ in data.batches(split, batch_size):
+    for images, labels, _ in data.batches(split, batch_size, rank=process_rank(), world=processes()):
         answers = teacher(images) if any(learner.inputs == 'answers' for learner in learners) else None
         for learner, total in zip(learners, sums, strict=True):
             log_probs = learner.log_probs(images, answers)
             total += torch.stack([(log_probs.argmax(1) == labels).sum().double(), F.nll_loss(log_probs, labels, reduction='sum').double()])
     size = data.size(split)
-    return [{'accuracy': hits/size, 'nll': nll/size} for hits, nll in (total.tolist() for total in sums)]
+    return [{'accuracy': hits/size, 'nll': nll/size} for hits, nll in (sum_over_processes(total).tolist() for total in sums)]
 
 # %% ../../nbs/lab/03_training.ipynb #343fc632
 @patch_to(Learner)
 def finish_epoch(self, metrics):
     "Read the sums, note the epoch's line, or find that the learner has diverged."
-    loss, hits, seen = (float(x) for x in (self._loss_sum, self._hits, self._seen))
+    loss, hits, seen = self._sums.tolist()
     if not math.isfinite(loss):
         self.diverged = f'{self.name}: the loss is not finite in epoch {self.epoch + 1} of {self.recipe.epochs}; the last good checkpoint is kept.'
         return
     line = {'epoch': self.epoch + 1, 'lr': learning_rate(self.recipe, self.epoch), 'train_loss': loss/seen, 'train_accuracy': hits/seen,
             **{f'{split}_{k}': v for split, values in metrics.items() for k, v in values.items()}}
     self.history.append(line)
-    self.epoch += 1
-    if self.folder is not None:
+    self.epoch, self.done = self.epoch + 1, 0
+    if self.writes:
         with open(self.folder/'metrics.jsonl', 'a') as file: file.write(json.dumps(line) + '\n')
 
 # %% ../../nbs/lab/03_training.ipynb #d278719c
@@ -311,10 +369,59 @@ def remembered(
     data, # A data set
     batch_size: int=500, # Images a query
 )->torch.Tensor:
-    "The teacher's answers for every training image without augmentation, (N, C): each image is queried once."
-    with torch.no_grad(): return torch.cat([teacher(images) for images, _, _ in data.batches('train', batch_size)])
+    "The teacher's answers for every training image without augmentation, (N, C): each image is queried once, by one process."
+    table = None
+    for images, _, indices in data.batches('train', batch_size, rank=process_rank(), world=processes()):
+        with torch.no_grad(): answers = teacher(images)
+        if table is None: table = answers.new_zeros(data.size('train'), answers.shape[1])
+        table[indices] = answers
+    return sum_over_processes(table)
+
+
+def _stream(data, recipe, seed, epoch, start, answers):
+    "The epoch's batches from step `start` on."
+    world, size = processes(), data.size('train')
+    steps = data.steps('train', recipe.batch_size, world)
+    place = {'start': start, 'rank': process_rank(), 'world': world}
+    batches = data.batches('train', recipe.batch_size, augment=recipe.augment, shuffle=True, seed=seed, epoch=epoch, **place)
+    for step, (images, labels, indices) in enumerate(batches, start):
+        whole = recipe.batch_size if step < steps - 1 else size - step*recipe.batch_size
+        shares = [rank_share(whole, rank, world) for rank in range(world)] if world > 1 else []
+        yield Batch(images, labels, indices, answers(images, indices), seed, epoch, step, tuple(s.stop - s.start for s in shares)), steps
+
 
 # %% ../../nbs/lab/03_training.ipynb #eac59839
+def _asking(learners, data, teacher, augment):
+    "The function (images, positions) -> answers that these learners need."
+    if teacher is None or not any(getattr(l.objective, 'needs_teacher', False) or l.inputs == 'answers' for l in learners): return lambda images, indices: None
+    if augment == 'none':
+        table = remembered(teacher, data)
+        return lambda images, indices: table[indices]
+    return torch.no_grad()(lambda images, indices: teacher(images))
+
+
+class _Clock:
+    "Shares the time that passes among learners."
+    def __init__(self, learners): self.learners, self.started = learners, time.monotonic()
+
+    def read(self):
+        now = time.monotonic()
+        for learner in self.learners: learner.seconds += (now - self.started)/len(self.learners)
+        self.started = now
+
+
+def _pass(active, data, seed, answers, settings, clock):
+    "The rest of an epoch, for learners of which each may have done some of its steps."
+    for learner in active:
+        if not learner.done: learner.start_epoch()
+    for batch, steps in _stream(data, active[0].recipe, seed, active[0].epoch, min(learner.done for learner in active), answers):
+        for learner in active:
+            if learner.done <= batch.step: learner.step(batch, data, steps)
+        if batch.step + 1 == steps: return
+        for learner in active:
+            if learner.due(settings.inside_seconds): clock.read(); learner.save()
+
+
 def train(
     learners: list, # `Learner`s that share batch size, augmentation and number of epochs
     data, # A data set (`lab.data`), on the device
@@ -324,30 +431,32 @@ def train(
     on_epoch=None, # Called as on_epoch(learner) whenever a learner has finished an epoch
 ):
     "Train all learners to the end of their recipe, each from its checkpoint if it has one."
-    [stream] = {(r.epochs, r.batch_size, r.augment) for r in (learner.recipe for learner in learners)}
-    epochs, batch_size, augment = stream
+    [(epochs, _, augment)] = {(r.epochs, r.batch_size, r.augment) for r in (learner.recipe for learner in learners)}
     device = settings.resolve()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
     for learner in learners: learner.place(device, settings).restore()
-    asked = teacher is not None and any(getattr(l.objective, 'needs_teacher', False) or l.inputs == 'answers' for l in learners)
-    memory = remembered(teacher, data) if asked and augment == 'none' else None
+    answers = _asking(learners, data, teacher, augment)
     splits = [s for s in ('test', 'held_out') if data.size(s)]
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         for epoch in range(min(learner.epoch for learner in learners), epochs):
             active = [learner for learner in learners if learner.epoch == epoch and not learner.diverged]
-            started = time.monotonic()
-            for learner in active: learner.start_epoch()
-            steps = data.steps('train', batch_size)
-            batches = data.batches('train', batch_size, augment=augment, shuffle=True, seed=seed, epoch=epoch)
-            for step, (images, labels, indices) in enumerate(batches if active else ()):
-                answers = None
-                if asked:
-                    with torch.no_grad(): answers = teacher(images) if memory is None else memory[indices]
-                batch = Batch(images, labels, indices, answers, seed, epoch, step)
-                for learner in active: learner.step(batch, data, steps)
-            results = {split: evaluate(active, data, split, teacher) for split in splits} if active else {}
-            for i, learner in enumerate(active):
-                learner.finish_epoch({split: values[i] for split, values in results.items()})
-                learner.seconds += (time.monotonic() - started)/len(active)
+            if not active: continue
+            clock = _Clock(active)
+            _pass(active, data, seed, answers, settings, clock)
+            results = {split: evaluate(active, data, split, teacher) for split in splits}
+            for i, learner in enumerate(active): learner.finish_epoch({split: values[i] for split, values in results.items()})
+            clock.read()
+            for learner in active:
                 if not learner.diverged: learner.save(0. if learner.epoch == epochs else settings.checkpoint_seconds)
                 if on_epoch: on_epoch(learner)
+
+
+# %% ../../nbs/lab/03_training.ipynb #c0e062aa
+def join_processes(
+    device: torch.device, # Of this process
+    hours: float=2., # Longest wait for the others
+):
+    "Join the processes that torchrun started with this one; without torchrun, nothing."
+    if int(os.environ.get('WORLD_SIZE', 1)) < 2 or dist.is_initialized(): return
+    if device.type == 'cuda': torch.cuda.set_device(device)
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=hours))

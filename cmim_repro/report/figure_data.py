@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from ..core import Invalid, atomic_write, check_number
-from .figures import cmi_curves, save_figure, simplex_points
+from .figures import cmi_curves, legend_below, save_figure, simplex_points
 from .formats import Table, cell_text, runs_cell
 from .paper import label, printed
 from .statistics import paired_differences, t_interval
@@ -192,11 +192,10 @@ def defense_curves(
     tops = [np.asarray(values).mean(0).max() for values in models.values()]
     figure = cmi_curves(alphas, models, title, log=min(tops)*20 < max(tops))
     handles, names = figure.axes[0].get_legend_handles_labels()
-    for legend in list(figure.legends): legend.remove()
     for handle, name in zip(handles, names, strict=True):
         if name.startswith('CMIM'): handle.set(linewidth=3, zorder=4)
     order = sorted(range(len(names)), key=lambda i: -tops[i])
-    figure.legend([handles[i] for i in order], [names[i] for i in order], loc='outside right upper', fontsize='small', handlelength=4)
+    legend_below(figure, [handles[i] for i in order], [names[i] for i in order])
     return figure
 
 # %% ../../nbs/report/09_figure_data.ipynb #5bbb69bf

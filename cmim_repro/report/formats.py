@@ -167,7 +167,8 @@ def to_markdown(
 
 # %% ../../nbs/report/04_formats.ipynb #6bd5641e
 _TEX = {'\\': r'\textbackslash{}', '&': r'\&', '%': r'\%', '$': r'\$', '#': r'\#', '_': r'\_', '{': r'\{', '}': r'\}', '~': r'\textasciitilde{}',
-        '^': r'\textasciicircum{}', '<': r'\textless{}', '>': r'\textgreater{}', '±': r'$\pm$', '↑': r'$\uparrow$', '↓': r'$\downarrow$'}
+        '^': r'\textasciicircum{}', '<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}', '±': r'$\pm$', '↑': r'$\uparrow$', '↓': r'$\downarrow$', '→': r'$\rightarrow$',
+        'α': r'$\alpha$', 'β': r'$\beta$', 'ε': r'$\epsilon$', 'λ': r'$\lambda$', 'ω': r'$\omega$', '²': r'$^2$', '–': '--', '`': r'\textasciigrave{}'}
 _TEX_ARROWS = {'': '', 'up': r'\textcolor{green!55!black}{$\uparrow$}', 'down': r'\textcolor{red!75!black}{$\downarrow$}'}
 PACKAGES = ('booktabs', 'xcolor', 'amsmath', 'graphicx')
 

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORWARD_SHARE', 'CHECKS', 'Finding', 'findings_frame', 'wrong_arrows', 'wrong_best', 'unequal_ls', 'shifted_labels',
-           'unequal_tables', 'spread_meaning', 'noisy_gaps', 'cmim_gaps', 'unequal_models', 'strong_ls_students',
-           'not_highest', 'larger_gains', 'smoothed_entropy', 'entropy_units', 'overheads', 'cost_of_algorithm1',
-           'ablation_noise', 'ablation_minimum', 'ablation_overflow', 'table1_setting', 'setup_and_tables',
-           'lambda_outside_grid', 'audit', 'claims']
+           'unequal_tables', 'spread_meaning', 'added_spread', 'cmim_gaps', 'noisy_gaps', 'paired_seeds',
+           'unequal_models', 'strong_ls_students', 'not_highest', 'larger_gains', 'smoothed_entropy', 'entropy_units',
+           'overheads', 'cost_of_algorithm1', 'ablation_noise', 'ablation_minimum', 'ablation_overflow',
+           'significant_fall', 'sign_of_effect', 'table1_setting', 'setup_and_tables', 'lambda_outside_grid',
+           'unequal_statements', 'unequal_parameters', 'sharpened_simplex', 'kl_gradient', 'gradient_and_power',
+           'audit', 'claims']
 
 # %% ../../nbs/report/05_paper_audit.ipynb #38f32b28
 import math
@@ -16,18 +18,20 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from .formats import arrow
-from .paper import ATTACKS, label, paper_setting, paper_table, table7
+from .paper import ATTACKS, label, paper_setting, paper_statements, paper_table, printed, table7
+from .statistics import paired_differences, t_interval, welch
 
 # %% ../../nbs/report/05_paper_audit.ipynb #974ebeab
 @dataclass(frozen=True)
 class Finding:
-    "A disagreement between printed numbers, or between them and the text."
+    "A disagreement between printed numbers, between them and the text, or between two statements of the text."
     place: str # Table or appendix
     topic: str # What was checked
     finding: str # The sentence, made from the numbers
-    numbers: tuple = () # The numbers it was computed from
+    numbers: tuple = () # The numbers, and words of the text, that it was computed from
 
 
 def findings_frame(
@@ -37,7 +41,10 @@ def findings_frame(
     return pd.DataFrame([asdict(f) for f in findings], columns=['place', 'topic', 'finding', 'numbers'])
 
 
-def _found(place, topic, finding, *numbers): return Finding(place, topic, finding, tuple(round(float(n), 4) for n in numbers))
+def _plain(value): return value if isinstance(value, str) else round(float(value), 4)
+
+
+def _found(place, topic, finding, *numbers): return Finding(place, topic, finding, tuple(map(_plain, numbers)))
 
 
 def _name(*parts): return ' '.join(label(part) for part in parts)
@@ -87,14 +94,27 @@ def _filled_labels():
     return labels.replace('', None).ffill()
 
 
+def _step(rows): return int(pd.Series(rows).diff().mode().iloc[0])
+
+
+def _label_steps():
+    "Rows from one defence to the next: as Table 7 labels them, and in Table 1, for the data set they share first."
+    seventh, first = table7(), paper_table(1)
+    where = seventh['data_set'].iloc[0]
+    named = seventh[(seventh['data_set'] == where) & (seventh['first_label'] != '')]
+    return _step(named['row'].unique()), _step(first[first['data_set'] == where].drop_duplicates('defense')['row'])
+
+
 def shifted_labels():
     "Rows of Table 7 whose labels name another row than their values."
     names = table7().drop_duplicates('row').set_index('row')[['defense', 'teacher', 'student']].map(label)
     wrong = (_filled_labels().to_numpy() != names.to_numpy()).any(1)
+    if not wrong.any(): return
     first = names.index[wrong][0]
     labelled, valued = ' '.join(_filled_labels().loc[first]), ' '.join(names.loc[first])
+    every, truly = _label_steps()
     yield _found('Table 7', 'labels', f'In {wrong.sum()} of {len(names)} rows the labels are not those of the values; the first is row {first}: '
-                 f'labelled {labelled}, values of {valued}.', wrong.sum(), first)
+                 f'labelled {labelled}, values of {valued}. The labels begin a new defence every {every} rows, Table 1 every {truly}.', wrong.sum(), first, every, truly)
 
 
 def unequal_tables():
@@ -111,31 +131,62 @@ def unequal_tables():
 def _seeds(): return {attack: cells.set_index('seed')['value'] for attack, cells in paper_table(8).groupby('attack')}
 
 
+def _cell7(data_set, defense, teacher, student, attack):
+    "Printed mean and spread of one cell of Table 7."
+    wanted = dict(data_set=data_set, defense=defense, teacher=teacher, student=student, attack=attack)
+    frame = table7()
+    return frame[(frame[list(wanted)] == pd.Series(wanted)).all(axis=1)].iloc[0][['value', 'spread']].astype(float)
+
+
+def _ls_spread(): return _cell7('cifar100', 'cmim', 'resnet50', 'vgg11', 'ls')['spread']
+
+
 def spread_meaning():
     "Whether Table 7's spread is nearer to the variance or to the standard deviation of Table 8's runs of the same LS student."
-    runs = _seeds()['ls']
-    printed = table7().query("data_set == 'cifar100' and student == 'vgg11' and attack == 'ls'")['spread'].iloc[0]
-    variance, sd = runs.var(), runs.std()
-    nearer = 'variance' if abs(variance - printed) < abs(sd - printed) else 'standard deviation'
-    yield _found('Tables 7, 8', 'meaning of ±', f'LS VGG11: {printed:.2f} is printed; its {len(runs)} seeds have variance {variance:.3f} and standard '
-                 f'deviation {sd:.3f}, so the printed number is nearer to the {nearer}.', printed, variance, sd)
+    runs, shown = _seeds()['ls'], _ls_spread()
+    variance, whole, sd = runs.var(), runs.var(ddof=0), runs.std()
+    nearer = 'variance' if abs(variance - shown) < abs(sd - shown) else 'standard deviation'
+    yield _found('Tables 7, 8', 'meaning of ±', f'LS VGG11: {shown:.2f} is printed; its {len(runs)} seeds have variance {variance:.3f} (divisor n - 1) or {whole:.3f} (n) '
+                 f'and standard deviation {sd:.3f}, so the printed number is nearer to the {nearer}.', shown, variance, whole, sd)
 
 
-def noisy_gaps():
-    "How many of CMIM's gaps to the LS student are within the standard error of one printed mean, if the spread of LS VGG11 is a variance and holds for all."
-    printed = table7().query("data_set == 'cifar100' and student == 'vgg11' and attack == 'ls'")['spread'].iloc[0]
-    gaps, runs = cmim_gaps()['gap'], paper_setting('runs')[0]
-    error = math.sqrt(printed / runs)
-    inside = (gaps.abs() < error).sum()
-    if inside:
-        yield _found('Tables 1, 7', 'noise', f'Read as a variance, {printed:.2f} gives a mean of {runs:.0f} runs the standard error {error:.2f}; '
-                     f"if all students vary so, that is more than {inside} of the {len(gaps)} gaps between CMIM's best attack and LS.", error, *gaps)
+def added_spread():
+    "Whether the text adds to a mean what the caption calls a variance."
+    name, (student, attack) = paper_setting('spread name')[0], paper_setting('spread added')
+    value, spread = _cell7('cifar100', 'cmim', 'resnet50', student, attack)
+    ls, total = printed(1, data_set='cifar100', defense='cmim', teacher='resnet50', student=student, attack='ls'), value + spread
+    if name == 'variance' and total > ls:
+        yield _found('Table 7', 'added to a mean', f'The caption calls the ± a {name}, yet the text adds it to a mean: for {label(attack)} on CMIM RN50-{label(student)} '
+                     f"{value:.2f} + {spread:.2f} = {total:.2f}, above the LS student's {ls:.2f}. A variance is not in points; its root would be {math.sqrt(spread):.2f}.",
+                     name, value, spread, ls)
 
-
+# %% ../../nbs/report/05_paper_audit.ipynb #669f80a8
 def cmim_gaps()->pd.DataFrame:
     "Best attack minus LS student in CMIM's rows of Table 1, in points."
     frame = _with_ls().query("defense == 'cmim' and attack == 'best'")
     return frame.assign(gap=(frame['value'] - frame['ls']).round(2))[['data_set', 'teacher', 'student', 'gap']]
+
+
+def noisy_gaps():
+    "How many of CMIM's gaps to the LS student are within the standard error of one printed mean, if the spread of LS VGG11 is a variance and holds for all."
+    shown, gaps, runs = _ls_spread(), cmim_gaps()['gap'], paper_setting('runs')[0]
+    error = math.sqrt(shown / runs)
+    inside = (gaps.abs() < error).sum()
+    if inside:
+        yield _found('Tables 1, 7', 'noise', f'Read as a variance, {shown:.2f} gives a mean of {runs:.0f} runs the standard error {error:.2f}; '
+                     f"if all students vary so, that is more than {inside} of the {len(gaps)} gaps between CMIM's best attack and LS.", error, *gaps)
+
+
+def paired_seeds():
+    "Table 8's differences seed by seed beside the difference of Table 7's means, where only the first are clear of zero."
+    d, runs = paired_differences(_seeds()['dist'], _seeds()['ls']).round(2), int(paper_setting('runs')[0])
+    (low, high), t = t_interval(d), d.mean() / (d.std() / math.sqrt(len(d)))
+    one, ls = (_cell7('cifar100', 'cmim', 'resnet50', 'vgg11', attack) for attack in ('dist', 'ls'))
+    apart = welch(one['value'], math.sqrt(one['spread']), ls['value'], math.sqrt(ls['spread']), runs)
+    if high < 0 < apart['high'] and apart['low'] < 0:
+        yield _found('Tables 7, 8', 'paired seeds', f"DIST on CMIM RN50-VGG11 minus LS: {', '.join(f'{v:+.2f}' for v in d)}, mean {d.mean():+.2f}, t = {t:.1f}, 95 % interval "
+                     f"{low:+.2f} to {high:+.2f} from {len(d)} paired seeds; the means and variances of {runs} unpaired runs in Table 7 give {apart['low']:+.2f} to "
+                     f"{apart['high']:+.2f}, which holds zero.", *d, t, low, high, apart['low'], apart['high'])
 
 # %% ../../nbs/report/05_paper_audit.ipynb #1f7713b4
 def _protected():
@@ -149,7 +200,14 @@ def unequal_models():
             if a['value'] != b['value']:
                 one, two = a['table'], b['table']
                 yield _found(f'Tables {one}, {two}', 'protected models', f"{_name(data_set, teacher, defense)}: {a['value']:.2f} in Table {one}, "
-                             f"{b['value']:.2f} in Table {two}.", a['value'], b['value'])
+                             f"{b['value']:.2f} in Table {two}{_alike(one, two, data_set, teacher)}.", a['value'], b['value'])
+
+
+def _alike(one, two, data_set, teacher):
+    "What the two tables agree on for this network."
+    cells = _protected().query('table in (@one, @two) and data_set == @data_set and teacher == @teacher')
+    same = [f'{label(d)} ({c.iloc[0]:.2f})' for d, c in cells.groupby('defense')['value'] if len(c) == 2 and c.nunique() == 1]
+    return f"; they agree on {', '.join(same)}" if same else ''
 
 # %% ../../nbs/report/05_paper_audit.ipynb #cb8f400a
 def strong_ls_students():
@@ -160,23 +218,24 @@ def strong_ls_students():
         student = ls.get((data_set, network))
         if student is not None and student > value['cmim']:
             ce, cmim = value['ce'], value['cmim']
-            yield _found('Tables 1, 5', 'LS student', f'{_name(data_set, network)}: CE {ce:.2f}, CMIM {cmim:.2f} (gain {cmim - ce:.2f}), but trained with '
+            yield _found('Tables 1, 5', 'LS student above CMIM', f'{_name(data_set, network)}: CE {ce:.2f}, CMIM {cmim:.2f} (gain {cmim - ce:.2f}), but trained with '
                          f'label smoothing, as a student, {student:.2f} (gain {student - ce:.2f}).', ce, cmim, student)
 
 # %% ../../nbs/report/05_paper_audit.ipynb #9c516088
 def not_highest():
-    "Protected models for which CMIM is not alone at the top, and underlined numbers that are not the second best."
-    for (data_set, teacher), cells in _protected().query('table in (2, 3)').groupby(['data_set', 'teacher'], sort=False):
+    "Protected models for which the method that is said to be highest is not alone at the top, and underlined numbers that are not the second best."
+    claimed, = paper_setting('highest')
+    for (number, data_set, teacher), cells in _protected().query('table in (2, 3)').groupby(['table', 'data_set', 'teacher'], sort=False):
         value = cells.set_index('defense')['value']
-        rivals = value.drop('cmim')[value.drop('cmim') >= value['cmim']]
+        rivals = value.drop(claimed)[value.drop(claimed) >= value[claimed]]
         if len(rivals):
             beside = ', '.join(f'{_name(d)} has {v:.2f}' for d, v in rivals.items())
-            yield _found('Table 2', 'highest accuracy', f"{_name(data_set, teacher)}: CMIM has {value['cmim']:.2f}, {beside}.", value['cmim'], *rivals)
+            yield _found(f'Table {number}', 'highest accuracy', f'{_name(data_set, teacher)}: {label(claimed)} has {value[claimed]:.2f}, {beside}.', value[claimed], *rivals)
         second = set(value[value == sorted(set(value))[-2]].index)
         marked = set(cells[cells['mark'] == 'underline']['defense'])
         if second != marked:
             names, underlined = (', '.join(map(label, sorted(defenses))) for defenses in (second, marked))
-            yield _found('Table 2', 'second best', f'{_name(data_set, teacher)}: second best are {names}; underlined is {underlined}.', *value[sorted(second)])
+            yield _found(f'Table {number}', 'second best', f'{_name(data_set, teacher)}: second best are {names}; underlined is {underlined}.', *value[sorted(second)])
 
 
 def larger_gains():
@@ -185,7 +244,7 @@ def larger_gains():
     models = _protected().query('table in (5, 6)').pivot(index=['data_set', 'teacher'], columns='defense', values='value')
     for (data_set, network), gain in (models['cmim'] - models['ce']).round(2).items():
         if gain > stated:
-            yield _found('Appendix H', 'gain', f'Gains are said to reach {stated:.2f}; {_name(data_set, network)} gains {gain:.2f}.',
+            yield _found('Tables 5, 6', 'gain', f'Gains are said to reach {stated:.2f}; {_name(data_set, network)} gains {gain:.2f}.',
                          stated, gain, *models.loc[(data_set, network)])
 
 # %% ../../nbs/report/05_paper_audit.ipynb #6c60f6b4
@@ -201,14 +260,14 @@ def smoothed_entropy(
 def entropy_units():
     "Table 4's LS entropy beside the entropy of the LS targets, in three units."
     epsilon, classes = paper_setting('smoothing')[0], paper_setting('classes')[0]
-    printed = paper_table(4).set_index('defense')['value']['ls']
+    shown = printed(4, defense='ls')
     nats = smoothed_entropy(epsilon, classes)
     units = {'nats': nats, 'bits': nats / math.log(2), 'decimal digits': nats / math.log(10)}
     listed = ', '.join(f'{value:.3f} {unit}' for unit, value in units.items())
-    if all(abs(value - printed) > .05 * value for value in units.values()):
-        near = min(units, key=lambda unit: abs(units[unit] - printed))
-        yield _found('Table 4', 'entropy', f'The LS model is printed with {printed:.3f}; its targets (epsilon {epsilon:g}, {classes:.0f} classes) have '
-                     f'{listed}: no unit fits, the nearest is {near}.', printed, *units.values())
+    if all(abs(value - shown) > .05 * value for value in units.values()):
+        near = min(units, key=lambda unit: abs(units[unit] - shown))
+        yield _found('Table 4', 'entropy', f'The LS model is printed with {shown:.3f}; its targets (epsilon {epsilon:g}, {classes:.0f} classes) have '
+                     f'{listed}: no unit fits, the nearest is {near}.', shown, epsilon, classes, *units.values())
 
 # %% ../../nbs/report/05_paper_audit.ipynb #02b2c44b
 FORWARD_SHARE = 1 / 3 # of the time of a training step
@@ -231,19 +290,22 @@ def cost_of_algorithm1():
         if row['overhead'] < row['one_image_a_class']:
             minutes = f"{row['ce']:.0f} and {row['cmim']:.0f} minutes"
             yield _found('Table 9', 'cost', f"{label(network)}: {minutes}, {row['overhead']:+.1%}, which pays for {row['images_paid']:.0f} extra images a "
-                         f"step; one image of every class would cost {row['one_image_a_class']:+.0%}, eight {row['algorithm_1']:+.0%}.", row['ce'], row['cmim'])
+                         f"step; one image of every class would cost {row['one_image_a_class']:+.0%}, eight {row['algorithm_1']:+.0%}.", *row)
     caption, rows = {label(n) for n in paper_setting('caption models')}, {label(n) for n in overheads().index}
     if caption != rows:
-        yield _found('Table 9', 'caption', f"The caption names {', '.join(sorted(caption - rows))}, the table {', '.join(sorted(rows - caption))}.")
+        yield _found('Table 9', 'caption', f"The caption names {', '.join(sorted(caption - rows))}, the table {', '.join(sorted(rows - caption))}.",
+                     *sorted(caption ^ rows))
 
 # %% ../../nbs/report/05_paper_audit.ipynb #a17ecab8
 def _ablation(): return paper_table(10).set_index('omega')['value']
 
 
+def _studied(): return _cell7('cifar100', 'cmim', 'vgg16', 'shufflenetv2', 'kd')
+
+
 def ablation_noise():
     "Table 10's range beside the spread of one run, when it is smaller."
-    done = _ablation().dropna()
-    spread = table7().query("defense == 'cmim' and teacher == 'vgg16' and student == 'shufflenetv2' and attack == 'kd'")['spread'].iloc[0]
+    done, spread = _ablation().dropna(), _studied()['spread']
     low, high = done.min(), done.max()
     if high - low < math.sqrt(spread):
         yield _found('Table 10', 'range', f'All finished values lie from {low:.2f} to {high:.2f}, a range of {high - low:.2f}; Table 7 prints ± {spread:.2f} '
@@ -252,29 +314,53 @@ def ablation_noise():
 
 def ablation_minimum():
     "Whether Table 10 falls to one minimum."
-    done = _ablation().dropna()
+    done, stated = _ablation().dropna(), paper_setting('lowest omega')
     lowest = done.index[done == done.min()]
     between = done[(done.index > lowest.min()) & (done.index < lowest.max()) & (done > done.min())]
-    if len(between):
-        others = ', '.join(f'{v:.2f} at {w}' for w, v in between.items())
-        places = ' and '.join(map(str, lowest))
-        yield _found('Table 10', 'minimum', f'The minimum {done.min():.2f} is at omega {places}, with {others} between.', done.min(), *between)
+    if len(between) or set(stated) != set(lowest):
+        others = ', '.join(f'{v:.2f} at {w}' for w, v in between.items()) or 'nothing'
+        places, said = ' and '.join(map(str, lowest)), ' and '.join(f'{w:g}' for w in stated)
+        yield _found('Table 10', 'minimum', f'The minimum {done.min():.2f} is at omega {places} (the text: {said}), with {others} between.', done.min(), *lowest, *between)
 
 
 def ablation_overflow():
     "The CMI at which a float32 exponential overflows, for the first omega with NaN."
     value, limit = _ablation(), math.log(np.finfo(np.float32).max)
+    if not value.isna().any(): return
     first = value.index[value.isna()][0]
     yield _found('Table 10', 'NaN', f'NaN begins at omega {first}: exp overflows in float32 above {limit:.1f}, that is for a CMI above {limit / first:.2f} '
                  'nats; a log-sum-exp never does.', first, limit)
 
+# %% ../../nbs/report/05_paper_audit.ipynb #4ddaee60
+def significant_fall():
+    "Whether the printed accuracies around it are far enough from the LS student for a fall with beta to be significant."
+    word, start, runs = paper_setting('fall with beta')[0], paper_setting('beta of the fall')[0], int(paper_setting('runs')[0])
+    spread, ls = _studied()['spread'], printed(1, data_set='cifar100', defense='cmim', teacher='vgg16', student='shufflenetv2', attack='ls')
+    needed = stats.t.ppf(.975, 2 * (runs - 1)) * math.sqrt(2 * spread / runs)
+    done, beta = _ablation().dropna(), paper_setting('ablation beta', place='Appendix K.3')[0]
+    low, high = done.min(), done.max()
+    if word == 'significantly' and beta >= start and max(abs(done - ls)) < needed:
+        yield _found('Table 10, Figure 4', 'significant fall', f'The accuracy is said to fall {word} for beta from {start:g} on; at beta {beta:g} Table 10 has {low:.2f} to '
+                     f'{high:.2f}, the LS student {ls:.2f}. Two means of {runs} runs with variance {spread:.2f} (Table 7) differ significantly from {needed:.2f} points on.',
+                     start, beta, low, high, ls, spread, needed)
+
+
+def sign_of_effect():
+    "Whether a fall of the student's accuracy, which a defence wants, is called negative."
+    trend, judged, wanted = (paper_setting(name)[0] for name in ('student accuracy with N', 'effect of N', 'wanted student'))
+    count, omega = paper_setting('ablation N')[0], int(paper_setting('ablation omega')[0])
+    ls, value = printed(1, data_set='cifar100', defense='cmim', teacher='vgg16', student='shufflenetv2', attack='ls'), _ablation()[omega]
+    if trend == 'declines' and judged == 'negative' and wanted == 'below':
+        yield _found('Table 10, Figure 5', 'sign of an effect', f"The student's accuracy {trend} with N, and the effect is called {judged}; yet a knockoff student {wanted} the LS "
+                     f'student is what a defence is for (at N {count:g}, omega {omega}: {value:.2f}, LS {ls:.2f}).', trend, judged, wanted, count, omega, value, ls)
+
 # %% ../../nbs/report/05_paper_audit.ipynb #caf92e70
 def table1_setting():
     "Values of omega at which Table 10 repeats Table 1's KD cell of the same pair."
-    kd = paper_table(1).query("defense == 'cmim' and teacher == 'vgg16' and student == 'shufflenetv2' and attack == 'kd'")['value'].iloc[0]
+    kd = printed(1, data_set='cifar100', defense='cmim', teacher='vgg16', student='shufflenetv2', attack='kd')
     same = paper_table(10).query('value == @kd')['omega'].tolist()
     if same:
-        beta, n = paper_setting('ablation beta')[0], paper_setting('ablation N')[0]
+        beta, n = (paper_setting(name, place='Appendix K.3')[0] for name in ('ablation beta', 'ablation N'))
         where = f"omega {', '.join(map(str, same))} (beta {beta:g}, N {n:g})"
         yield _found('Tables 1, 10', 'settings', f"Table 1's CMIM VGG16-SNV2 KD, {kd:.2f}, is Table 10's value at {where} and nowhere else.", kd, *same)
 
@@ -289,7 +375,7 @@ def setup_and_tables():
         for kind, column, place in (('defenses', 'defense', 'Appendix G.1'), ('attacks', 'attack', 'Appendix G.2')):
             stated, used = set(paper_setting(kind, data_set=data_set)), set(cells[column])
             parts = _only('only the appendix has', stated - used) + _only('only Table 1 has', used - stated)
-            if parts: yield _found(place, kind, f"{label(data_set)}: {'; '.join(parts)}.")
+            if parts: yield _found(place, kind, f"{label(data_set)}: {'; '.join(parts)}.", *sorted(map(label, stated ^ used)))
 
 
 def lambda_outside_grid():
@@ -297,12 +383,54 @@ def lambda_outside_grid():
     grid, used = paper_setting('grid'), sorted(set(paper_setting('lambda')))
     outside = [value for value in used if value not in grid]
     tried, listed, odd = (', '.join(f'{v:g}' for v in values) for values in (grid, used, outside))
-    if outside: yield _found('Appendix G', 'lambda', f'The grid is {tried}; the values listed are {listed}; not in the grid: {odd}.', *outside)
+    if outside: yield _found('Appendix G', 'lambda', f'The grid is {tried}; the values listed are {listed}; not in the grid: {odd}.', *grid, *used)
+
+def unequal_statements():
+    "Things that are stated more than once, and not with the same value."
+    for name in ('learning rate decay', 'T', 'repository'):
+        said = {place: ' '.join(f'{w:g}' if isinstance(w, float) else w for w in words) for place, words in paper_statements(name).items()}
+        if len(set(said.values())) > 1:
+            yield _found('Text', name, f"{name}: {', but '.join(f'{value} ({place})' for place, value in said.items())}.", *said.values())
+
+
+def unequal_parameters():
+    "Parameters that are stated for CMIM but are no input of Algorithm 1, and inputs that are not stated."
+    stated, inputs = set(paper_setting('CMIM parameters')), set(paper_setting('inputs'))
+    parts = _only('only the appendix has', stated - inputs) + _only('only Algorithm 1 has', inputs - stated)
+    if parts: yield _found('Appendix G', 'parameters of CMIM', f"{', '.join(parts)}.", *sorted(stated ^ inputs))
+
+
+def sharpened_simplex():
+    "Whether Figure 2 sharpens what the attacks soften."
+    drawn, used = paper_setting('power of Figure 2')[0], paper_setting('power of attacks')[0]
+    if drawn > 1 > used:
+        yield _found('Figure 2', 'power of Figure 2', f'The simplexes are drawn at power {drawn:g}, which sharpens; the attacks use {used:g}, which softens.', drawn, used)
+
+# %% ../../nbs/report/05_paper_audit.ipynb #ba54c14e
+def kl_gradient(
+    logits, # One sample's logits, (C,)
+    centroid, # Q, (C,)
+    alpha, # Power
+)->np.ndarray:
+    "Gradient of KL(softmax(alpha z) || Q) in the logits, in nats."
+    p = np.exp(alpha * logits - np.logaddexp.reduce(alpha * logits))
+    gap = np.log(p) - np.log(centroid)
+    return alpha * p * (gap - p @ gap)
+
+
+def gradient_and_power(logits=(2., 0., -1.), centroid=(.6, .3, .1)):
+    "The norm of an example's gradient at the power of the attacks and at that of Figure 2, where the text says that powers change nothing."
+    said, powers = paper_setting('gradient and power')[0], [*paper_setting('power of attacks'), *paper_setting('power of Figure 2')]
+    norms = [np.linalg.norm(kl_gradient(np.array(logits), np.array(centroid), alpha)) for alpha in powers]
+    if said == 'unchanged' and not np.isclose(*norms):
+        shown = ' and '.join(f'{norm:.3f} at power {alpha:g}' for norm, alpha in zip(norms, powers, strict=True))
+        yield _found('Appendix J', 'gradient and power', f'Powers are said to leave the gradient {said}; for logits {logits} and centroid {centroid} its norm is {shown}.',
+                     said, *powers, *norms)
 
 # %% ../../nbs/report/05_paper_audit.ipynb #092ea42d
-CHECKS = (wrong_arrows, wrong_best, unequal_ls, shifted_labels, unequal_tables, spread_meaning, noisy_gaps, unequal_models, strong_ls_students, not_highest,
-          larger_gains, entropy_units, cost_of_algorithm1, ablation_noise, ablation_minimum, ablation_overflow, table1_setting, setup_and_tables,
-          lambda_outside_grid)
+CHECKS = (wrong_arrows, wrong_best, unequal_ls, shifted_labels, unequal_tables, spread_meaning, added_spread, noisy_gaps, paired_seeds, unequal_models, strong_ls_students,
+          not_highest, larger_gains, entropy_units, cost_of_algorithm1, ablation_noise, ablation_minimum, ablation_overflow, significant_fall, sign_of_effect, table1_setting,
+          setup_and_tables, lambda_outside_grid, unequal_parameters, unequal_statements, sharpened_simplex, gradient_and_power)
 
 
 def audit()->pd.DataFrame:

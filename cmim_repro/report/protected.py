@@ -63,7 +63,7 @@ def findings(
 )->pd.DataFrame:
     "The audit's findings about one table, each computed from the printed numbers."
     found = audit()
-    return found[[re.search(rf'\b{number}\b', place) is not None and 'Table' in place for place in found['place']]].reset_index(drop=True)
+    return found[[re.search(rf'Tables?[\d, ]* {number}\b', place) is not None for place in found['place']]].reset_index(drop=True)
 
 # %% ../../nbs/report/07_protected.ipynb #ae4e78d6
 def _models(picked): return picked[picked['column'] == 'model'].groupby(['data', 'teacher'], sort=False)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['paired_differences', 't_interval', 'bootstrap_interval', 'holm', 'compare', 'Judgement', 'paper_rule', 'judge',
-           'power', 'seeds_needed', 'welch', 'read_table7']
+           'power', 'seeds_needed', 'seeds_to_decide', 'welch', 'read_table7']
 
 # %% ../../nbs/report/02_statistics.ipynb #5d9c49a3
 import math
@@ -184,6 +184,22 @@ def seeds_needed(
         middle = (low + high) // 2
         low, high = (low, middle) if power(gap, sd, middle, attacks, confidence) >= chance else (middle, high)
     return high
+
+# %% ../../nbs/report/02_statistics.ipynb #83f587c5
+def seeds_to_decide(
+    table, # From `compare`, one row an attack
+    confidence=.95, # As in `judge`
+    margin=0., # As in `judge`
+    chance=.8, # Wanted probability of a decision
+    limit=10_000, # Give up beyond so many
+)->float:
+    "About how many paired seeds would decide a pair if its true differences were those seen; NaN where a spread is unknown, infinity beyond `limit`."
+    def needed(row, attacks): return seeds_needed(row['mean'] - margin, row['sd'], attacks, chance, confidence, limit) or math.inf
+    known = table.dropna(subset='sd') if len(table) else table
+    above = known[known['mean'] > margin] if len(known) else known
+    if len(above): return float(min(needed(row, len(table)) for _, row in above.iterrows()))
+    if not len(known) or len(known) < len(table): return math.nan
+    return float(max(needed(row, 1) for _, row in known.iterrows()))
 
 # %% ../../nbs/report/02_statistics.ipynb #a21b0575
 def welch(

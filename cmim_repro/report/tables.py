@@ -14,7 +14,7 @@ import torch
 from ..core import Invalid, check_choice
 from .formats import Table, cell_text, runs_cell
 from .paper import label, printed
-from .statistics import judge
+from .statistics import judge, seeds_to_decide
 from ..theory.cmi import cmi_curve
 
 # %% ../../nbs/report/06_tables.ipynb #224a12e6
@@ -71,15 +71,23 @@ def verdicts(
     picked: pd.DataFrame, # As `chosen` gives
     margin: float=0., # Gain in points that counts as a success
 )->pd.DataFrame:
-    "One line a row of Table 1: the paper's rule, the verdict, and its reason."
+    "One line a row of Table 1: the paper's rule, the verdict, its reason, and for an undecided one about how many seeds would decide gaps of the size seen."
     found = []
     for key, row in _rows(picked):
         runs = {c: _by_seed(cell) for c, cell in row.groupby('column', sort=False)}
         ls = runs.pop('ls', {})
         v = judge(runs, ls, margin=margin)
         found.append({**dict(zip(_CELL, key, strict=False)), 'paper rule': v.paper_rule, 'verdict': v.verdict, 'why': v.reason,
-                      'n': min(map(len, [ls, *runs.values()]))})
+                      'n': min(map(len, [ls, *runs.values()])),
+                      'seeds to decide': _seeds_text(v, margin)})
     return pd.DataFrame(found)
+
+
+def _seeds_text(judgement, margin, limit=10_000):
+    "As text: a number, that it is more than `limit`, or nothing where the row is decided or a spread is not known yet."
+    if judgement.verdict != 'undecided': return ''
+    seeds = seeds_to_decide(judgement.table, margin=margin, limit=limit)
+    return '' if np.isnan(seeds) else f'{seeds:.0f}' if np.isfinite(seeds) else f'over {limit}'
 
 # %% ../../nbs/report/06_tables.ipynb #06433949
 def _plain_name(network): return network.removeprefix('imagenet_') # the paper calls torchvision's networks by the family's name

@@ -193,10 +193,11 @@ def batch_places(
     order: torch.Tensor, # Positions in the order of the epoch, (N,)
     batch_size: int, # Images in a batch, over all processes
     world: int=1, # Number of processes
+    start: int=0, # First step to yield
 ): # Yields (B,) positions, step by step
     "Cut an epoch into batches."
     steps = step_count(len(order), batch_size, world)
-    for step in range(steps): yield order[step * batch_size:(step + 1) * batch_size if step < steps - 1 else None]
+    for step in range(start, steps): yield order[step * batch_size:(step + 1) * batch_size if step < steps - 1 else None]
 
 
 def rank_share(
@@ -306,14 +307,15 @@ def _batches(self,
     epoch=0, # Part of the key of every random number
     rank=0, # This process
     world=1, # Number of processes
+    start=0, # First step to yield; those before it are not made, and the others are as in the whole epoch
 ):
     "Yield (images (B, ch, H, W) float32 normalised, labels (B,), positions in the split (B,)), all on the device."
     check_choice('augmentation', augment, AUGMENTS)
-    self.steps(split, batch_size, world)
+    check_number('start', start, 0, self.steps(split, batch_size, world), integer=True)
     check_number('rank', rank, 0, world - 1, integer=True)
     count = self.size(split)
     order = torch.randperm(count, generator=keyed_generator(seed, 'shuffle', epoch)) if shuffle else torch.arange(count)
-    return self._stream(split, order, batch_size, augment, (seed, 'augment', epoch), rank, world)
+    return self._stream(split, order, batch_size, augment, (seed, 'augment', epoch), rank, world, start)
 
 
 def _take(self,
@@ -350,8 +352,8 @@ class TensorDataSet(DataSet):
         if augment == 'standard': images = augmented(images, self.augmentation, keyed_generator(*key), count, share)
         return self.normalised(images)
 
-    def _stream(self, split, order, batch_size, augment, key, rank, world):
-        for step, whole in enumerate(batch_places(order.to(self.device), batch_size, world)):
+    def _stream(self, split, order, batch_size, augment, key, rank, world, start):
+        for step, whole in enumerate(batch_places(order.to(self.device), batch_size, world, start), start):
             share = rank_share(len(whole), rank, world)
             places = whole[share]
             yield self._made(split, places, augment, (*key, step), len(whole), share), self._labels[split][places], places

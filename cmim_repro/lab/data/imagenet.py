@@ -60,6 +60,15 @@ def _stacked(images):
     "One tensor, or the first sentence among them."
     return next((image for image in images if isinstance(image, str)), None) or torch.stack(images)
 
+
+def _watched(loader):
+    "The loader's batches; a worker that has died is one sentence."
+    try: yield from loader
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error): raise
+        raise Unusable('A process that reads images for this one was ended from outside, most often because the memory, or the shared memory in /dev/shm, '
+                       'was full; free some, or read with fewer workers, and start again.') from error
+
 # %% ../../../nbs/lab/data/04_imagenet.ipynb #30ed3aab
 def default_workers()->int:
     "Worker processes for reading images: one a core that this process may use, at most 16; none where there is one core."
@@ -100,15 +109,15 @@ class StreamedDataSet(DataSet):
         workers = min(self.workers, len(batches)) if sum(map(len, batches)) > 32 else 0
         loader = DataLoader(files, batch_sampler=batches, collate_fn=_stacked, num_workers=workers, pin_memory=self.device.type == 'cuda',
                             prefetch_factor=4 if workers else None, generator=torch.Generator())
-        for images in loader:
+        for images in _watched(loader):
             if isinstance(images, str): raise Unusable(images)
             yield self.normalised(images.to(self.device, non_blocking=True))
 
     def _made(self, split, places, augment, key):
         return torch.cat(list(self._decoded(split, [part.tolist() for part in places.cpu().split(32)], augment, key)))
 
-    def _stream(self, split, order, batch_size, augment, key, rank, world):
-        mine = [whole[rank_share(len(whole), rank, world)] for whole in batch_places(order, batch_size, world)]
+    def _stream(self, split, order, batch_size, augment, key, rank, world, start):
+        mine = [whole[rank_share(len(whole), rank, world)] for whole in batch_places(order, batch_size, world, start)]
         for images, places in zip(self._decoded(split, [part.tolist() for part in mine], augment, key), mine, strict=True):
             places = places.to(self.device, non_blocking=True)
             yield images, self._labels[split][places], places
