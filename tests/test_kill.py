@@ -10,9 +10,10 @@ from functools import partial
 
 import pytest
 
+from cmim_repro.experiments.execution import execute
 from cmim_repro.experiments.runs import Plan, make_run
 from cmim_repro.experiments.store import Store
-from cmim_repro.lab.training import Recipe
+from cmim_repro.lab.training import Recipe, Settings
 
 COMMON = {'recipe': Recipe(epochs=10, batch_size=32, lr=.05, schedule='cosine'), 'data_options': {'per_class': 60}}
 TEACHER = make_run('digits', 'cnn_small', 'cmim', weight=1., **COMMON)
@@ -64,6 +65,18 @@ def test_killed_and_resumed_is_bit_identical(undisturbed, tmp_path, moments):
     assert killed == len(moments)
     subprocess.run(command(tmp_path, PLAN), check=True, capture_output=True)
     for run in PLAN.runs: assert finished_files(tmp_path, run) == undisturbed[run.id], run.name
+
+
+@pytest.mark.timeout(240, func_only=True)
+def test_killed_between_the_last_checkpoint_and_the_result(undisturbed, tmp_path, monkeypatch):
+    store, plan, settings = Store(tmp_path/'store'), Plan.of([TEACHER]), Settings(device='cpu', checkpoint_seconds=0.)
+    def killed(self, run, result): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, 'finish', killed)
+        with pytest.raises(KeyboardInterrupt): execute(plan, store, settings)
+    assert store.result(TEACHER) is None and lines(store, TEACHER) == 10
+    assert execute(plan, store, settings) == [] and store.result(TEACHER)['accuracy'] > 0
+    assert finished_files(tmp_path, TEACHER) == undisturbed[TEACHER.id]
 
 
 def test_alone_and_in_a_cohort_are_bit_identical(undisturbed, tmp_path):

@@ -243,19 +243,23 @@ def run_cohort(
     if not runs: return
     first = runs[0]
     teacher = chain_answers(first, lambda run: answers_of(run, store, data, device)) if first.teacher else None
-    learners = [_learner(run, data, store) for run in runs]
+    learners, ended = [_learner(run, data, store) for run in runs], []
+
+    def finish(learner):
+        ended.append(learner)
+        run = runs[learners.index(learner)]
+        _finish(run, learner, store, data, device, splits[run.id], settings)
 
     def after(learner):
-        if learner.diverged or learner.epoch == learner.recipe.epochs:
-            run = runs[learners.index(learner)]
-            _finish(run, learner, store, data, device, splits[run.id], settings)
+        if learner.diverged or learner.epoch == learner.recipe.epochs: finish(learner)
         if on_epoch: on_epoch(learner)
 
     try: train(learners, data, first.seed, teacher, settings, after)
     except torch.OutOfMemoryError as error:
         raise Unusable(f'{device} has too little memory for a batch of {first.recipe.batch_size} images in {len(runs)} trainings side by side '
                        f'({first.name}); set micro_batch, or --limit 1.') from error
-
+    for learner in learners: # those killed between their last checkpoint and their result have no epoch left
+        if learner not in ended: finish(learner)
 
 # %% ../../nbs/experiments/04_execution.ipynb #0caf66fd
 def _held(store, runs):
