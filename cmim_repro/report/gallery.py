@@ -165,7 +165,8 @@ def run_notebook(
         code, found = _wait(runner, child, name, copy), read_notebook(copy)
         log.seek(0)
         sentence = '' if code == 0 else (found and failure(found)) or (log.read().strip().splitlines() or [f'papermill ended with code {code}'])[-1]
-        if found and (code == 0 or failure(found)): atomic_write(runner.place(name), copy.read_bytes())
+        whole = found and (code == 0 or failure(found)) and not sentence.startswith('KeyboardInterrupt') # an interrupted one is no result
+        if whole: atomic_write(runner.place(name), copy.read_bytes())
     minutes = (time.monotonic() - started)/60
     runner.tell(f'{name}: failed: {sentence}' if sentence else f'{name}: done in {minutes:.1f} min')
     return sentence
