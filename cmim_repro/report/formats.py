@@ -8,7 +8,7 @@ __all__ = ['PACKAGES', 'FORMATS', 'Cell', 'arrow', 'runs_cell', 'cell_text', 'Ta
 
 # %% ../../nbs/report/04_formats.ipynb #1283ce39
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -167,10 +167,12 @@ def to_markdown(
 
 # %% ../../nbs/report/04_formats.ipynb #6bd5641e
 _TEX = {'\\': r'\textbackslash{}', '&': r'\&', '%': r'\%', '$': r'\$', '#': r'\#', '_': r'\_', '{': r'\{', '}': r'\}', '~': r'\textasciitilde{}',
-        '^': r'\textasciicircum{}', '<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}', '±': r'$\pm$', '↑': r'$\uparrow$', '↓': r'$\downarrow$', '→': r'$\rightarrow$',
-        'α': r'$\alpha$', 'β': r'$\beta$', 'ε': r'$\epsilon$', 'λ': r'$\lambda$', 'ω': r'$\omega$', '²': r'$^2$', '–': '--', '`': r'\textasciigrave{}'}
+        '^': r'\textasciicircum{}', '<': r'\textless{}', '>': r'\textgreater{}', '|': r'\textbar{}', '±': r'$\pm$', '↑': r'$\uparrow$', '↓': r'$\downarrow$',
+        '→': r'$\rightarrow$', 'α': r'$\alpha$', 'β': r'$\beta$', 'ε': r'$\epsilon$', 'λ': r'$\lambda$', 'ω': r'$\omega$', '²': r'$^2$',
+        '–': '--', '`': r'\`{}'}
 _TEX_ARROWS = {'': '', 'up': r'\textcolor{green!55!black}{$\uparrow$}', 'down': r'\textcolor{red!75!black}{$\downarrow$}'}
-PACKAGES = ('booktabs', 'xcolor', 'amsmath', 'graphicx')
+PACKAGES = ('booktabs', 'xcolor', 'graphicx', 'rotating')
+_UPRIGHT, _PAGE = 6, 16 # value columns that an upright page holds at a size that can be read, and rows that a page holds
 
 
 def _tex(text): return ''.join(_TEX.get(character, character) for character in str(text))
@@ -178,8 +180,9 @@ def _tex(text): return ''.join(_TEX.get(character, character) for character in s
 
 def _tex_cell(cell):
     if not isinstance(cell, Cell): return _tex(cell_text(cell))
-    parts = [_value(cell.printed, cell.digits), _ours(cell, r'\,$\pm$\,'), _TEX_ARROWS[cell.arrow], cell.verdict]
-    return r' \textbar{} '.join(part for part in parts if part)
+    ours = ' '.join(part for part in (_ours(cell, r'\,$\pm$\,'), _TEX_ARROWS[cell.arrow]) if part)
+    parts = [part for part in (_value(cell.printed, cell.digits), ours, cell.verdict) if part]
+    return r'\begin{tabular}[t]{@{}r@{}}' + r'\\'.join(parts) + r'\end{tabular}' if len(parts) > 1 else ''.join(parts)
 
 # %% ../../nbs/report/04_formats.ipynb #7d0bebbc
 def _tex_rows(table):
@@ -194,18 +197,37 @@ def _tex_rows(table):
             yield ' & '.join([*(_tex(label(text)) for text in row[0]), *map(_tex_cell, row[1])]) + r' \\'
 
 
+def _pages(table):
+    "The table in parts that fit on a page, with the heading of the section repeated."
+    page, section = [], None
+    for row in table.rows:
+        if len(page) >= _PAGE - isinstance(row, str):
+            yield tuple(page)
+            page = [] if section is None or isinstance(row, str) else [section]
+        if isinstance(row, str): section = row
+        page.append(row)
+    yield tuple(page)
+
+
+def _tex_float(table, heading, note):
+    form, kind = 'l' * len(table.labels) + 'r' * len(table.columns), 'table' if len(table.columns) <= _UPRIGHT else 'sidewaystable'
+    heads = [*map(_tex, table.labels), *(_tex(label(column)) for column in table.columns)]
+    return [rf'\begin{{{kind}}}', r'\centering', *heading, r'\renewcommand{\arraystretch}{1.2}', r'\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%',
+            rf'\begin{{tabular}}{{{form}}}', r'\toprule', ' & '.join(heads) + r' \\', r'\midrule', *_tex_rows(table), r'\bottomrule', r'\end{tabular}}',
+            *note, rf'\end{{{kind}}}']
+
+
 def to_latex(
     table, # A `Table`
     name='results', # For \label{tab:...}
 )->str:
-    "The table as a LaTeX float; needs the packages booktabs, xcolor, amsmath and graphicx (`PACKAGES`)."
-    heads = [*map(_tex, table.labels), *(_tex(label(column)) for column in table.columns)]
-    form = 'l' * len(table.labels) + 'r' * len(table.columns)
-    needs = ' '.join(rf'\usepackage{{{package}}}' for package in PACKAGES)
-    note = [rf'\par\smallskip\footnotesize {_tex(table.note)}'] if table.note else []
-    return '\n'.join([f'% needs {needs}', r'\begin{table}', r'\centering', rf'\caption{{{_tex(table.title)}}}', rf'\label{{tab:{name}}}',
-                      r'\resizebox{\textwidth}{!}{%', rf'\begin{{tabular}}{{{form}}}', r'\toprule', ' & '.join(heads) + r' \\', r'\midrule',
-                      *_tex_rows(table), r'\bottomrule', r'\end{tabular}}', *note, r'\end{table}', ''])
+    "The table as LaTeX floats: on their side where it has many columns, several where it has many rows; needs the packages in `PACKAGES`."
+    lines, parts = ['% needs ' + ' '.join(rf'\usepackage{{{package}}}' for package in PACKAGES)], list(_pages(table))
+    for i, rows in enumerate(parts):
+        heading = [rf'\caption{{{_tex(table.title)}}}', rf'\label{{tab:{name}}}'] if not i else [rf'\par {_tex(table.title)} (continued)\par\smallskip']
+        note = [rf'\par\smallskip\footnotesize {_tex(table.note)}'] if table.note and i == len(parts) - 1 else []
+        lines += _tex_float(replace(table, rows=rows), heading, note)
+    return '\n'.join([*lines, ''])
 
 # %% ../../nbs/report/04_formats.ipynb #173f3494
 _CSS = '''body{font:15px/1.45 system-ui,sans-serif;margin:2rem;color:#222;background:#fff}
