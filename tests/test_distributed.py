@@ -52,7 +52,7 @@ def _child(rank, world, place, micro_batch):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize('world, micro_batch', [(2, 0), (3, 0), (2, 7)])
+@pytest.mark.parametrize('world, micro_batch', [(2, 0), pytest.param(3, 0, marks=pytest.mark.slow), (2, 7)])
 def test_processes_give_the_losses_of_one(tmp_path, world, micro_batch):
     "Shares of 20 and 20, of 13, 13 and 14, and shares in parts of 7 images."
     mp.spawn(_child, (world, tmp_path, micro_batch), world)

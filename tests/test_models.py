@@ -97,9 +97,10 @@ def test_channels_last_changes_nothing(net, images):
 
 # Deeper copies of what is captured and lowered anyway, and torchvision's own: capture is enough here; `test_compiled` (slow) compiles all, with their backward pass.
 DEEPER = ('vgg13', 'vgg16', 'resnet14', 'resnet34', 'resnet101', 'resnet152', *TORCHVISION)
+LONG = ('densenet121', 'resnet101', 'resnet152') # The captures that take longest
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in NAMES])
 @torch.no_grad()
 def test_one_graph(name):
     torch._dynamo.reset()

@@ -35,8 +35,8 @@ def test_table_from_nothing_and_again_from_the_store(tmp_path):
 
 
 @pytest.mark.parametrize('parameters, words', [
-    ([('profle', 'quick')], "Unknown parameter 'profle'; accepted: profile"),
-    ([('profile', 'fast')], "Unknown profile 'fast'; accepted: smoke, quick, mini, paper"),
+    pytest.param([('profle', 'quick')], "Unknown parameter 'profle'; accepted: profile", marks=pytest.mark.slow),
+    pytest.param([('profile', 'fast')], "Unknown profile 'fast'; accepted: smoke, quick, mini, paper", marks=pytest.mark.slow),
     ([('profile', 'mini')], 'has no train and no test')], ids=['parameter', 'profile', 'data'])
 def test_bad_parameters_end_with_one_sentence(tmp_path, parameters, words):
     if parameters == [('profile', 'mini')]: (tmp_path/'empty').mkdir(); parameters = [*parameters, ('data_root', tmp_path/'empty'), ('workers', 1)]
