@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from cmim_repro.core import Invalid
-from cmim_repro.experiments.execution import execute, main
+from cmim_repro.experiments.execution import execute, execute_in_processes, main
 from cmim_repro.experiments.runs import Plan, make_run
 from cmim_repro.experiments.store import Store
 from cmim_repro.lab.training import Recipe
@@ -95,13 +95,15 @@ def test_a_full_disk_keeps_what_is_finished(with_teacher):
     assert main(plan) == 0
 
 
-def test_a_diverged_run_is_noted_and_the_others_finish(tmp_path, capsys):
+def test_a_diverged_run_is_noted_and_the_others_finish(tmp_path, capsys, monkeypatch):
     wild = make_run('digits', 'cnn_tiny', 'ce', recipe=Recipe(epochs=2, batch_size=32, lr=1e30), data_options=COMMON['data_options'])
     orphan = make_run('digits', 'cnn_tiny', 'kd', teacher=wild, **COMMON)
     assert main(command(tmp_path, wild, TEACHER, orphan)) == 0
     said, store = capsys.readouterr().err.splitlines(), Store(tmp_path/'store')
     assert 'the loss is not finite in epoch' in said[0] and 'was not made: its teacher' in said[1]
     assert store.result(TEACHER) and store.result(wild) is None and store.diverged(wild)['epoch'] >= 1
+    monkeypatch.setattr(subprocess, 'Popen', lambda *_, **__: pytest.fail('a worker is started although there is nothing to compute'))
+    assert execute_in_processes(Plan.of([orphan, TEACHER]), store) == said
 
 
 def test_knockoff_with_a_budget_and_a_folder_of_images(with_teacher, tmp_path):

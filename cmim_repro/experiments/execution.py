@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROOM', 'load_data', 'make_method', 'make_network', 'answers_of', 'released', 'TransferSet', 'query_data', 'agreed',
-           'run_cohort', 'execute', 'complaints', 'read_settings', 'worker_command', 'execute_in_processes', 'main',
-           'read_plan', 'log_progress']
+           'run_cohort', 'execute', 'complaints', 'settled', 'read_settings', 'worker_command', 'execute_in_processes',
+           'main', 'read_plan', 'log_progress']
 
 # %% ../../nbs/experiments/04_execution.ipynb #2bc495c2
 import argparse
@@ -350,6 +350,15 @@ def complaints(
         elif culprit := _blocked(store, run): found.append(f'{run.name} was not made: its teacher {culprit.name} diverged.')
     return found
 
+
+def settled(
+    plan, # A `Plan`
+    store, # A `Store`
+)->bool:
+    "Is there nothing to compute: is each run finished, or its teacher diverged?"
+    return all(store.finished(run) or _blocked(store, run) for run in plan.runs)
+
+
 # %% ../../nbs/experiments/04_execution.ipynb #6b455b10
 def read_settings(
     device: str='auto', # cpu, cuda, cuda:1 ...
@@ -390,7 +399,7 @@ def execute_in_processes(
 ):
     "Like `execute`, by several processes that share the store."
     check_number('workers', workers, 1, integer=True)
-    if all(map(store.finished, plan.runs)): return complaints(plan, store)
+    if settled(plan, store): return complaints(plan, store)
     file = store.root/'plans'/f'{os.getpid()}-{time.monotonic_ns()}.json'
     atomic_write(file, json.dumps([run.to_dict() for run in plan.runs]))
     threads = max(1, (os.cpu_count() or 1)//workers)

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..core import Invalid, Unusable, atomic_write, check_number
-from .execution import complaints, execute, execute_in_processes, worker_command
+from .execution import complaints, execute, execute_in_processes, settled, worker_command
 from .runs import Plan
 from .store import Store
 from ..lab.training import Settings
@@ -328,7 +328,7 @@ def compute(
     plan.check()
     check_number('workers', workers, 0, integer=True)
     if kind == 'here': return _here(plan, store, workers, settings, options)
-    if all(map(store.finished, plan.runs)): return complaints(plan, store)
+    if settled(plan, store): return complaints(plan, store)
     if kind == 'torchrun': return execute_with_torchrun(plan, store, place, settings, **options)
     with _client(kind, place, workers, settings, parts_of(plan, store)) as client:
         if kind == 'dask' and settings.device.startswith('cuda:'): settings = replace(settings, device='cuda') # the only one that its worker sees

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
-
+from importlib.metadata import version
 from pathlib import Path
 
 import filelock
@@ -37,10 +37,9 @@ def provenance(
 )->dict:
     "Versions, device and revision for a result."
     import numpy
-    import torchvision
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores'
     return {'revision': revision(), 'device': str(device), 'device_name': name, 'threads': torch.get_num_threads(), 'python': platform.python_version(),
-            'torch': torch.__version__, 'torchvision': torchvision.__version__, 'numpy': numpy.__version__}
+            'torch': torch.__version__, 'torchvision': version('torchvision'), 'numpy': numpy.__version__}
 
 # %% ../../nbs/experiments/02_store.ipynb #1dc42403
 class Store:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.datasets import CIFAR100
 
 from ...core import Unusable, download_folder
 from .core import Crop, Facts, Flip, check_published, dataset, fetch, read_file, sha256, tensor_data_set
@@ -117,8 +116,13 @@ def _superclasses(path, fine, coarse):
     return groups.tolist()
 
 # %% ../../../nbs/lab/data/02_cifar100.ipynb #338623c4
-_FOLDER, _FILES = CIFAR100.base_folder, ('train', 'test', 'meta')
-_MD5 = {**dict(CIFAR100.train_list), **dict(CIFAR100.test_list), CIFAR100.meta['filename']: CIFAR100.meta['md5']}
+_FOLDER, _FILES = 'cifar-100-python', ('train', 'test', 'meta')
+
+
+def _published():
+    "Address and MD5 sums, as torchvision has them. (Imported here: torchvision takes as long to import as torch.)"
+    from torchvision.datasets import CIFAR100
+    return CIFAR100, {**dict(CIFAR100.train_list), **dict(CIFAR100.test_list), CIFAR100.meta['filename']: CIFAR100.meta['md5']}
 
 
 def _located(root, download):
@@ -126,7 +130,9 @@ def _located(root, download):
     if root is None:
         folder = download_folder() / _FOLDER
         present = lambda: all((folder / file).exists() for file in _FILES)
-        if download and not present(): fetch(CIFAR100.url, CIFAR100.filename, CIFAR100.tgz_md5, folder.parent, present)
+        if download and not present():
+            archive, _ = _published()
+            fetch(archive.url, archive.filename, archive.tgz_md5, folder.parent, present)
     else: folder = Path(root) / _FOLDER if (Path(root) / _FOLDER).exists() else Path(root)
     missing = [file for file in _FILES if not (folder / file).is_file()]
     if missing: raise Unusable(f"{folder} has no {' and no '.join(missing)}; CIFAR-100 is a folder {_FOLDER} with {', '.join(_FILES)}.")
@@ -137,7 +143,8 @@ _MEAN, _STD = (.50707516, .48654887, .44091784), (.26733429, .25643846, .2761504
 
 
 def _verified(folder, contents, allow_unverified):
-    return all([check_published(folder / file, contents[file], _MD5[file], allow_unverified) for file in _FILES])
+    _, sums = _published()
+    return all([check_published(folder / file, contents[file], sums[file], allow_unverified) for file in _FILES])
 
 # %% ../../../nbs/lab/data/02_cifar100.ipynb #ee4201ba
 @dataset.register('cifar100', context=('root', 'allow_unverified', 'download', 'device'))

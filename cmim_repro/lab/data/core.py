@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from torchvision.datasets.utils import download_and_extract_archive
 
 from ...core import Invalid, Registry, Unusable, check_choice, check_number, keyed_generator
 
@@ -414,6 +413,7 @@ def fetch(
 ):
     "Download and unpack an archive unless it is there; `Unusable` when that fails."
     from filelock import FileLock
+    from torchvision.datasets.utils import download_and_extract_archive
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from torchvision.models import ResNet18_Weights
-from torchvision.transforms import v2
 
 from ...core import Unusable, check_number, download_folder, keyed_seed
 from .core import (DataSet, Facts, batch_places, chosen_classes, chosen_samples, dataset, folders_in, images_in, listing_sum, open_image,
@@ -25,6 +23,7 @@ def image_transform(
     augment: str='none', # 'none': scale by 256/224, cut the centre; 'standard': random cut and mirror
 ):
     "From a decoded image to (3, size, size) bytes."
+    from torchvision.transforms import v2
     if augment == 'standard': steps = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()]
     else: steps = [v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size)]
     return v2.Compose([*steps, v2.PILToTensor()])
@@ -158,7 +157,9 @@ def _listed_names(path):
 def _names(folder, wnids):
     "A name for each class, none twice."
     known = {}
-    if len(wnids) == 1000: known = dict(zip(wnids, ResNet18_Weights.IMAGENET1K_V1.meta['categories'], strict=True))
+    if len(wnids) == 1000:
+        from torchvision.models import ResNet18_Weights
+        known = dict(zip(wnids, ResNet18_Weights.IMAGENET1K_V1.meta['categories'], strict=True))
     for file, read in (('words.txt', _listed_names), ('LOC_synset_mapping.txt', _listed_names), ('meta.bin', _meta_names)):
         if (folder / file).is_file(): known = read(folder / file)
     names = [known.get(wnid, wnid) for wnid in wnids]

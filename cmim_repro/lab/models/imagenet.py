@@ -6,8 +6,6 @@
 __all__ = ['WEIGHTS']
 
 # %% ../../../nbs/lab/models/10_imagenet.ipynb #77c85d5c
-import torchvision
-
 from ...core import Invalid, Unusable
 from .core import network
 
@@ -17,6 +15,7 @@ WEIGHTS = 'IMAGENET1K_V1'
 
 def _pretrained(name, num_classes):
     if num_classes != 1000: raise Invalid(f'num_classes is {num_classes}; the published weights of {name!r} have 1000 classes.')
+    import torchvision
     try: return torchvision.models.get_model(name, weights=WEIGHTS, progress=False)
     except (OSError, RuntimeError) as error:
         url = torchvision.models.get_model_weights(name)[WEIGHTS].url
@@ -25,6 +24,7 @@ def _pretrained(name, num_classes):
 # %% ../../../nbs/lab/models/10_imagenet.ipynb #5134b2af
 def _imagenet(name, pretrained, num_classes):
     if pretrained: return _pretrained(name, num_classes)
+    import torchvision
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
 
 
