@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'FIGURES', 'GROUPS', 'ALONE', 'ABOUT', 'EXTRAS', 'FORMATS', 'read_notebook', 'story', 'parameter_names',
-           'failure', 'given', 'finished', 'progress_line', 'Runner', 'run_notebook', 'run_all', 'Shelf', 'shelves',
-           'files_of', 'plain_math', 'to_page', 'table_parts', 'executed_copy', 'item_html', 'gallery_html',
-           'write_gallery', 'expand', 'main']
+           'failure', 'given', 'finished', 'progress_line', 'store_state', 'inputs_digest', 'Runner', 'run_notebook',
+           'run_all', 'Shelf', 'shelves', 'files_of', 'plain_math', 'to_page', 'table_parts', 'executed_copy',
+           'item_html', 'gallery_html', 'write_gallery', 'expand', 'main']
 
 # %% ../../nbs/report/10_gallery.ipynb #b880ecb0
 import argparse
 import ast
+import hashlib
 import html
 import json
 import os
@@ -22,12 +23,13 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote
 
 import mistune
 
-from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, project_root
+from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, default_store, project_root
 
 # %% ../../nbs/report/10_gallery.ipynb #26cb695d
 TABLES, FIGURES = tuple(f'table{n}' for n in range(1, 11)), tuple(f'figure{n}' for n in range(1, 6))
@@ -99,6 +101,39 @@ def progress_line(
     texts = [''.join(o.get('data', {}).get('text/plain', '')) for c in (found or {'cells': ()})['cells'] for o in c.get('outputs', ())]
     return next((text for text in reversed(texts) if text.startswith('[') and ' runs, ' in text), '')
 
+# %% ../../nbs/report/10_gallery.ipynb #c7d1e75d
+_RUN_FILES = ('run.json', 'result.json', 'diverged.json', 'metrics.jsonl', 'log_probs.safetensors', 'weights.safetensors')
+_LIBRARIES = ('torch', 'numpy', 'pandas', 'scipy', 'matplotlib', 'seaborn', 'plotly', 'papermill')
+
+
+def _digest(*parts): return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _state(path):
+    try: status = path.stat()
+    except FileNotFoundError: return None
+    return status.st_size, status.st_mtime_ns
+
+
+def store_state(
+    root, # Folder of a store
+)->dict:
+    "A digest of size and time of the files of each finished run, and of each measurement of time."
+    runs = {path.parent.name: _digest([_state(path.parent/file) for file in _RUN_FILES]) for end in ('result', 'diverged') for path in Path(root).glob(f'*/{end}.json')}
+    return runs | {f'timings/{path.name}': _digest(_state(path)) for path in Path(root).glob('timings/*.json')}
+
+
+def inputs_digest(
+    notebook, # Path of one of the fifteen
+    parameters: dict, # What it is given
+)->str:
+    "A digest of what decides the output of a notebook beside the store: its text, package, printed values, parameters, settings and libraries."
+    root = project_root()
+    files = [Path(notebook), *sorted((root/'cmim_repro').rglob('*.py')), *sorted((root/'data'/'paper').glob('*.csv'))]
+    content = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    settings = {key: value for key, value in os.environ.items() if key.startswith('CMIM_')}
+    return _digest(content, parameters, settings, sys.version, {name: version(name) for name in _LIBRARIES})
+
 # %% ../../nbs/report/10_gallery.ipynb #cb09f2f0
 class Runner:
     "Runs notebooks with one set of parameters; `tell` is called with a line of text now and then."
@@ -133,6 +168,19 @@ class Runner:
         except Unusable: return False
         return found is not None and finished(found) and not failure(found) and given(found) == self.accepted(name)
 
+    def store(self, name): return Path(self.accepted(name).get('store') or default_store())
+    def results(self, name):
+        wanted = self.accepted(name)
+        return Path(wanted.get('figures') or project_root()/'figures'/wanted.get('profile', ''))
+
+    def up_to_date(self, name)->bool:
+        "Would this notebook write again what it wrote before?"
+        if not self.ended_well(name): return False
+        stamp = read_notebook(self.place(name))['metadata'].get('cmim_repro')
+        if not stamp or stamp['inputs'] != inputs_digest(self.source(name), self.accepted(name)): return False
+        now = store_state(self.store(name))
+        return all(now.get(key) == state for key, state in stamp['store'].items()) and all((self.results(name)/file).exists() for file in stamp['outputs'])
+
     def stop(self, *_):
         "Interrupt what is running; papermill then ends its kernel."
         for child in self.children:
@@ -150,12 +198,17 @@ def _wait(runner, child, name, copy):
             said = line
 
 
+def _stamp(runner, name, inputs, moment):
+    written = [path for path in runner.results(name).glob('*') if not path.name.startswith('.') and path.stat().st_mtime_ns >= moment]
+    return {'inputs': inputs, 'store': store_state(runner.store(name)), 'outputs': sorted(path.name for path in written)}
+
+
 def run_notebook(
     runner: Runner, # Parameters and folders
     name: str, # table1, figure3 ...
 )->str:
     "Run one notebook and keep its executed copy; '' if it ended well, else the sentence that it ended with."
-    started = time.monotonic()
+    started, moment, inputs = time.monotonic(), time.time_ns(), inputs_digest(runner.source(name), runner.accepted(name))
     with tempfile.TemporaryDirectory(prefix='cmim-notebook-') as folder, open(Path(folder)/'log', 'w+') as log:
         copy = Path(folder)/runner.place(name).name
         pairs = [part for key, value in runner.accepted(name).items() for part in ('-p', key, value)]
@@ -166,7 +219,9 @@ def run_notebook(
         log.seek(0)
         sentence = '' if code == 0 else (found and failure(found)) or (log.read().strip().splitlines() or [f'papermill ended with code {code}'])[-1]
         whole = found and (code == 0 or failure(found)) and not sentence.startswith('KeyboardInterrupt') # an interrupted one is no result
-        if whole: atomic_write(runner.place(name), copy.read_bytes())
+        if whole:
+            if not sentence: found['metadata']['cmim_repro'] = _stamp(runner, name, inputs, moment)
+            atomic_write(runner.place(name), json.dumps(found, indent=1, ensure_ascii=False) + '\n')
     minutes = (time.monotonic() - started)/60
     runner.tell(f'{name}: failed: {sentence}' if sentence else f'{name}: done in {minutes:.1f} min')
     return sentence
@@ -176,20 +231,24 @@ def run_all(
     runner: Runner, # Parameters and folders
     names, # Which notebooks
     jobs: int=0, # How many are drawn side by side; 0 means one a core, four at most
+    again: bool=False, # Run also those that are up to date
 )->dict:
-    "Run notebooks; those that failed with the sentence they ended with. One that fails does not stop the others."
+    "Run the notebooks that are not up to date; those that failed with the sentence they ended with. One that fails does not stop the others."
     runner.check(names)
     jobs = check_number('jobs', jobs, 0, integer=True) or min(4, os.cpu_count() or 1)
-    again = [name for name in names if name not in ALONE and runner.ended_well(name)]
+    current = [name for name in names if not again and runner.up_to_date(name)]
+    for name in current: runner.tell(f'{name}: up to date')
+    stale = [name for name in names if name not in current]
+    drawn = [name for name in stale if name not in ALONE and runner.ended_well(name)]
     found = {}
-    for group, width in ((again, jobs), ([name for name in names if name not in again], 1)):
+    for group, width in ((drawn, jobs), ([name for name in stale if name not in drawn], 1)):
         with ThreadPoolExecutor(width) as pool:
             try: found |= dict(zip(group, pool.map(lambda name: run_notebook(runner, name), group), strict=True))
             except KeyboardInterrupt: # a terminal interrupts the children too
                 runner.tell = lambda line: None
                 pool.shutdown(cancel_futures=True)
                 raise
-    return {name: found[name] for name in names if found[name]}
+    return {name: found[name] for name in names if found.get(name)}
 
 # %% ../../nbs/report/10_gallery.ipynb #70c457dd
 ABOUT = {'paper': "the paper's data sets, networks and recipes", 'mini': '20 classes of CIFAR-100, small networks', 'quick': "scikit-learn's digits, small networks",
@@ -468,6 +527,7 @@ def _arguments(arguments):
     parser.add_argument('-p', dest='parameters', nargs=2, action='append', default=[], metavar=('PARAMETER', 'VALUE'),
                         help="one more parameter for the notebooks, as papermill's -p")
     parser.add_argument('--jobs', type=int, default=0, help='how many notebooks are drawn side by side when everything is computed; 0: one a core, four at most')
+    parser.add_argument('--again', action='store_true', help='run also the notebooks that are up to date')
     parser.add_argument('--figures', help='folder of the page and of the results; default figures in the checkout')
     return parser.parse_args(arguments)
 
@@ -489,7 +549,7 @@ def main(arguments=None):
         parameters = {'profile': profile, **({'figures': str(figures/profile)} if args.figures else {}), **dict(args.parameters)}
         runner = Runner(parameters, figures/'executed'/profile, tell=lambda line: print(line, flush=True))
         if names: signal.signal(signal.SIGTERM, runner.stop)
-        failed = run_all(runner, names, args.jobs) if names else {}
+        failed = run_all(runner, names, args.jobs, args.again) if names else {}
         print(f'Gallery: {write_gallery(figures)}')
     except KeyboardInterrupt:
         print('Interrupted. Finished runs are in the store: the same command continues from there.', file=sys.stderr)
