@@ -288,7 +288,7 @@ def sweep_figure(
     done = {x: runs for x, runs in done.items() if len(runs)}
     fig, ax = _canvas()
     for x, runs in done.items(): ax.plot([x] * len(runs), runs, '.', color='.55', zorder=1)
-    ax.plot(list(done), [runs.mean() for runs in done.values()], 'o-', color=sns.color_palette('colorblind')[0], label=f'mean of {_counts(done)}')
+    ax.plot(list(done), [runs.mean() for runs in done.values()], 'o-', color=sns.color_palette('colorblind')[0], label=_counts(done))
     if reference is not None: ax.axhline(reference, color='.3', linestyle='--', linewidth=1, label='LS student')
     ax.set(xlabel=xlabel, ylabel='student accuracy (%)', title=title)
     if all(float(x).is_integer() for x in done): ax.xaxis.get_major_locator().set_params(integer=True)
@@ -298,7 +298,8 @@ def sweep_figure(
 
 def _counts(done):
     counts = sorted({len(runs) for runs in done.values()})
-    return f"{'-'.join(map(str, counts[:1] + counts[1:][-1:]))} runs" if counts else '0 runs'
+    if counts in ([], [1]): return 'one run each' if counts else 'no run'
+    return f"mean of {'-'.join(map(str, counts[:1] + counts[1:][-1:]))} runs"
 
 # %% ../../nbs/report/03_figures.ipynb #2ed2af08
 DPI = 300 # what printers of journals ask for
