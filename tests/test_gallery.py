@@ -83,7 +83,7 @@ def test_the_gallery_opens_from_disk_without_network(browser, figures):
     page = visit.page
     page.evaluate("document.querySelectorAll('img').forEach(image => image.loading = 'eager')")
     page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
-    assert page.locator('img').count() >= len(FIGURES) and page.locator('#table5 table').count() == 1
+    assert page.locator('img').count() >= len(FIGURES) and page.locator('#table5 [data-shelf=quick] table').count() == 1
     assert page.locator('[data-shelf=quick]').count() == len(TABLES) + len(FIGURES) - 1
     assert 'make tables PROFILE=quick' in page.locator('#table3 .missing').inner_text() and page.locator('#table3 [data-shelf=quick]').count() == 0
     links = page.eval_on_selector_all('a', "all => all.map(a => a.getAttribute('href'))")
