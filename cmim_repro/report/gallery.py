@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -182,10 +183,16 @@ class Runner:
         return all(now.get(key) == state for key, state in stamp['store'].items()) and all((self.results(name)/file).exists() for file in stamp['outputs'])
 
     def stop(self, *_):
-        "Interrupt what is running; papermill then ends its kernel."
-        for child in self.children:
-            if child.poll() is None: child.send_signal(signal.SIGINT)
+        "Interrupt what is running; papermill then ends its kernel. What has not ended after 20 seconds is killed; a kernel ends with its parent."
+        self._signal(signal.SIGINT)
+        late = threading.Timer(20, self._signal, [signal.SIGKILL])
+        late.daemon = True
+        late.start()
         raise KeyboardInterrupt
+
+    def _signal(self, number):
+        for child in self.children:
+            if child.poll() is None: child.send_signal(number)
 
 # %% ../../nbs/report/10_gallery.ipynb #589c6669
 def _wait(runner, child, name, copy):
