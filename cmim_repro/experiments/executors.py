@@ -117,7 +117,7 @@ def _check_done(part, future, store, grace=30):
     except Invalid as error: raise type(error)(str(error)) from None
     except _dask().KilledWorker as error: raise Unusable(f'{part.cohort[0].name}: its worker died again and again ({error}); look at its log.') from None
     for _ in range(grace):
-        if all(map(store.finished, part.cohort)) or complaints(Plan(part.cohort), store): return
+        if settled(Plan(part.cohort), store): return
         time.sleep(1)
     raise Unusable(f'A worker has computed {part.cohort[0].name}, but it is not in {store.root}: all workers must see this folder.')
 

@@ -175,20 +175,23 @@ class Runner:
         return Path(wanted.get('figures') or project_root()/'figures'/wanted.get('profile', ''))
 
     def up_to_date(self, name)->bool:
-        "Would this notebook write again what it wrote before?"
+        "Would this notebook write again what it wrote before? One that wrote nothing, only a plan, is never up to date."
         if not self.ended_well(name): return False
         stamp = read_notebook(self.place(name))['metadata'].get('cmim_repro')
-        if not stamp or stamp['inputs'] != inputs_digest(self.source(name), self.accepted(name)): return False
+        if not stamp or not stamp['outputs'] or stamp['inputs'] != inputs_digest(self.source(name), self.accepted(name)): return False
         now = store_state(self.store(name))
         return all(now.get(key) == state for key, state in stamp['store'].items()) and all((self.results(name)/file).exists() for file in stamp['outputs'])
 
     def stop(self, *_):
-        "Interrupt what is running; papermill then ends its kernel. What has not ended after 20 seconds is killed; a kernel ends with its parent."
+        "Interrupt what is running; papermill then ends its kernel."
         self._signal(signal.SIGINT)
-        late = threading.Timer(20, self._signal, [signal.SIGKILL])
+        raise KeyboardInterrupt
+
+    def kill_later(self, seconds=20.):
+        "Kill what has not ended by then, since an interrupt can get lost; a kernel ends with its parent."
+        late = threading.Timer(seconds, self._signal, [signal.SIGKILL])
         late.daemon = True
         late.start()
-        raise KeyboardInterrupt
 
     def _signal(self, number):
         for child in self.children:
@@ -253,6 +256,7 @@ def run_all(
             try: found |= dict(zip(group, pool.map(lambda name: run_notebook(runner, name), group), strict=True))
             except KeyboardInterrupt: # a terminal interrupts the children too
                 runner.tell = lambda line: None
+                runner.kill_later()
                 pool.shutdown(cancel_futures=True)
                 raise
     return {name: found[name] for name in names if found.get(name)}

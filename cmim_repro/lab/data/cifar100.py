@@ -120,9 +120,9 @@ _FOLDER, _FILES = 'cifar-100-python', ('train', 'test', 'meta')
 
 
 def _published():
-    "Address and MD5 sums, as torchvision has them. (Imported here: torchvision takes as long to import as torch.)"
+    "The class with address and MD5 sums; imported where it is needed, since it takes torch's compiler along."
     from torchvision.datasets import CIFAR100
-    return CIFAR100, {**dict(CIFAR100.train_list), **dict(CIFAR100.test_list), CIFAR100.meta['filename']: CIFAR100.meta['md5']}
+    return CIFAR100
 
 
 def _located(root, download):
@@ -131,7 +131,7 @@ def _located(root, download):
         folder = download_folder() / _FOLDER
         present = lambda: all((folder / file).exists() for file in _FILES)
         if download and not present():
-            archive, _ = _published()
+            archive = _published()
             fetch(archive.url, archive.filename, archive.tgz_md5, folder.parent, present)
     else: folder = Path(root) / _FOLDER if (Path(root) / _FOLDER).exists() else Path(root)
     missing = [file for file in _FILES if not (folder / file).is_file()]
@@ -143,7 +143,8 @@ _MEAN, _STD = (.50707516, .48654887, .44091784), (.26733429, .25643846, .2761504
 
 
 def _verified(folder, contents, allow_unverified):
-    _, sums = _published()
+    facts = _published()
+    sums = {**dict(facts.train_list), **dict(facts.test_list), facts.meta['filename']: facts.meta['md5']}
     return all([check_published(folder / file, contents[file], sums[file], allow_unverified) for file in _FILES])
 
 # %% ../../../nbs/lab/data/02_cifar100.ipynb #ee4201ba
