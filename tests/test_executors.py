@@ -134,7 +134,8 @@ def test_slurm_without_its_options_or_its_command_gets_a_sentence(tmp_path, monk
 
 SBATCH = """#!/bin/sh
 for script; do :; done
-{ setsid bash "$script" & echo $! > %(folder)s/pid; } > %(folder)s/log 2>&1
+cp "$script" %(folder)s/job # as sbatch does: the script may be gone before the job starts
+{ (sleep .2; exec setsid bash %(folder)s/job) & echo $! > %(folder)s/pid; } > %(folder)s/log 2>&1
 echo "Submitted batch job $(cat %(folder)s/pid)"
 """
 SCANCEL = '#!/bin/sh\nfor job; do kill -- -$job; done\n'
