@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'PAPER', 'MINI_CLASSES', 'MINI', 'QUICK', 'SMOKE', 'PROFILES', 'Task', 'Profile', 'profile', 'names',
-           'parse_overrides', 'narrowed', 'check_parameters', 'Entry', 'protected', 'attacked', 'smoothed', 'label',
-           'candidates', 'table1_entries']
+           'parse_overrides', 'narrowed', 'check_parameters', 'repeat_command', 'Entry', 'protected', 'attacked',
+           'smoothed', 'label', 'candidates', 'table1_entries']
 
 # %% ../../nbs/experiments/03_profiles.ipynb #d05b8a7f
 import inspect
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
@@ -285,6 +286,19 @@ def check_parameters(
     for name, value in variables.items():
         ours = not (name.startswith('_') or name in ('In', 'Out') or callable(value) or inspect.ismodule(value))
         if ours: check_choice('parameter', name, accepted)
+
+_SHOWN = {**dict.fromkeys(('data_sets', 'defenses', 'attacks', 'networks', 'values', 'weights', 'classes', 'simplex_classes', 'overrides', 'selection'), ''),
+          'seeds': 0, 'epochs': 0, 'protocol': 'last', 'steps': 0, 'passes': 3}
+
+
+def repeat_command(
+    notebook: str, # Its name, for example run_table1
+    profile: str, # The profile's name
+    variables: Mapping, # globals() of the notebook
+)->str:
+    "The papermill command that makes the same again: with every parameter that chose what is shown, without where and how it ran."
+    words = [word for name, own in _SHOWN.items() if variables.get(name, own) != own for word in ('-p', name, str(variables[name]))]
+    return shlex.join(['papermill', f'nbs/{notebook}.ipynb', 'OUT.ipynb', '-p', 'profile', profile, *words])
 
 # %% ../../nbs/experiments/03_profiles.ipynb #359fb1a6
 @dataclass(frozen=True)
