@@ -6,7 +6,10 @@
 __all__ = ['image_transform', 'with_seed', 'default_workers', 'StreamedDataSet', 'imagenet']
 
 # %% ../../../nbs/lab/data/04_imagenet.ipynb #5b589222
+import contextlib
 import os
+import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -60,11 +63,25 @@ def _stacked(images):
     return next((image for image in images if isinstance(image, str)), None) or torch.stack(images)
 
 
+@contextlib.contextmanager
+def _own_signals():
+    "Undo what the lines inside do about ended child processes; only the main thread has a say in it."
+    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, 'SIGCHLD') and threading.current_thread() is threading.main_thread() else None
+    try: yield
+    finally:
+        if before is not None: signal.signal(signal.SIGCHLD, before)
+
+
+_LOST = (ConnectionError, EOFError, FileNotFoundError) # what a tensor's way from a worker ends in that is just dying
+
+
 def _watched(loader):
     "The loader's batches; a worker that has died is one sentence."
-    try: yield from loader
-    except RuntimeError as error:
-        if 'DataLoader worker' not in str(error): raise
+    try:
+        with _own_signals(): batches = iter(loader)
+        yield from batches
+    except (RuntimeError, *_LOST) as error:
+        if not isinstance(error, _LOST) and 'DataLoader worker' not in str(error): raise
         raise Unusable('A process that reads images for this one was ended from outside, most often because the memory, or the shared memory in /dev/shm, '
                        'was full; free some, or read with fewer workers, and start again.') from error
 
