@@ -143,7 +143,7 @@ def execute_on_dask(
             time.sleep(pause)
             for part in [part for part, future in waiting.items() if future.done()]: _check_done(part, waiting.pop(part), store)
             open_runs = [run for run in open_runs if not store.finished(run)]
-            text = f'{open_runs[0].name}, {len(client.nthreads())} workers' if open_runs else 'done'
+            text = f'{open_runs[0].name}, {len(client.nthreads()) or "no"} workers' if open_runs else 'done'
             if progress: progress(len(plan.runs) - len(open_runs), len(plan.runs), text)
     finally: client.cancel(list(futures.values()))
     return complaints(plan, store)
