@@ -125,9 +125,10 @@ class StreamedDataSet(DataSet):
         workers = min(self.workers, len(batches)) if sum(map(len, batches)) > 32 else 0
         loader = DataLoader(files, batch_sampler=batches, collate_fn=_stacked, num_workers=workers, pin_memory=self.device.type == 'cuda',
                             prefetch_factor=4 if workers else None, generator=torch.Generator())
-        for images in _watched(loader):
-            if isinstance(images, str): raise Unusable(images)
-            yield self.normalised(images.to(self.device, non_blocking=True))
+        with contextlib.closing(_watched(loader)) as decoded: # else a kept traceback keeps the workers
+            for images in decoded:
+                if isinstance(images, str): raise Unusable(images)
+                yield self.normalised(images.to(self.device, non_blocking=True))
 
     def _made(self, split, places, augment, key):
         return torch.cat(list(self._decoded(split, [part.tolist() for part in places.cpu().split(32)], augment, key)))
