@@ -137,3 +137,10 @@ def test_small_profiles_are_meant_for_this_processor(tmp_path):
     chosen = narrowed(profile('smoke'), attacks='kd', defenses='cmim')
     found = estimate(Plan.of([e.run for e in table1_entries(chosen)]), Store(tmp_path), CPU)
     assert 'CPU hours' in found.note and RATES['cpu'].device in found.note and list(found.data_sets['data']) == ['digits']
+
+
+def test_a_network_that_does_not_take_the_images_is_refused_in_the_plan(tmp_path):
+    plan = Plan.of([make_run('tinyimagenet', 'resnet18', 'ce'), make_run('tinyimagenet', 'vgg16', 'ce')])
+    with pytest.raises(Invalid, match=r"tinyimagenet: image_shape is \(3, 64, 64\); network 'vgg16' takes"): estimate(plan, Store(tmp_path), CPU)
+    unknown = make_run('folder', 'vgg16', 'ce', data_options={'path': str(tmp_path)})
+    assert list(estimate(Plan.of([unknown]), Store(tmp_path), CPU).kinds['basis']) == ['unknown']

@@ -234,9 +234,11 @@ def depth_of(
 
 
 def _work(run, needed, sharing):
-    "Operations of a run with its part of what the cohort shares, or nothing where the size of the data is not known."
-    try: found = operations(run, needed)
+    "Operations of a run with its part of what the cohort shares, or nothing where the size of the data is not known; a network that does not take these images is `Invalid`."
+    try: size_of(run.data, run.data_options), queried(run)
     except Invalid: return {}
+    try: found = operations(run, needed)
+    except Invalid as error: raise Invalid(f'{run.data}: {error}') from None
     return {**found, 'teacher': found.get('teacher', 0)/sharing}
 
 
