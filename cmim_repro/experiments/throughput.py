@@ -74,6 +74,7 @@ def throughput(
     blocks: int=5, # Blocks a method
     settings=Settings(), # Device, compile, channels_last
     options=None, # Options of CMIM
+    progress=None, # Called with a line of text after each block
 )->pd.DataFrame:
     "Time, memory and share of the matrix-product peak of a training step, for CE and CMIM; the ratio is the median over paired blocks."
     for name, value in {'steps': steps, 'blocks': blocks, 'batch_size': batch_size, 'num_samples': num_samples}.items(): check_number(name, value, 1, integer=True)
@@ -88,6 +89,7 @@ def throughput(
         for method, learner in learners.items():
             taken, peak = _block(learner, batches, steps, device)
             if block: seconds[method].append(taken/steps)
+            if progress: progress(f"{network}, {method}, {f'block {block} of {blocks}' if block else 'warm-up'}: {1e3*taken/steps:,.0f} ms a step")
             memory[method] = max(memory.get(method, 0), peak - sum(_held(other) for other in learners.values() if other is not learner))
     work = 6*int(describe(learners['ce'].model, image_shape)['multiply-adds'].iloc[-1])*batch_size
     task = {'network': network, 'image size': image_shape[1], 'classes': num_classes}
@@ -172,7 +174,8 @@ def main(arguments=None):
     settings = Settings(device=args.device, compile=args.compile, channels_last=args.channels_last)
     try:
         networks, sizes = _sizes(args)
-        facts = {**sizes, 'precision': args.precision, 'steps': args.steps, 'blocks': args.blocks, 'settings': settings, 'options': parse_overrides(args.cmim)}
+        facts = {**sizes, 'precision': args.precision, 'steps': args.steps, 'blocks': args.blocks, 'settings': settings, 'options': parse_overrides(args.cmim),
+                 'progress': lambda line: print(line, file=sys.stderr, flush=True)}
         table = pd.concat([throughput(network, **facts) for network in networks], ignore_index=True)
         if args.csv: table.to_csv(args.csv, index=False)
     except (Invalid, OSError) as error:
