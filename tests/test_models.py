@@ -119,16 +119,17 @@ def test_the_head_is_linear_in_the_averaged_features(name, net, images):
 
 
 def check_compiled(name, shape):
+    "In float64: in float32 a ReLU whose input is zero but for the last bits may be open in one and shut in the other."
     torch._dynamo.reset()
     torch.manual_seed(0)
-    net, labels = model(name, num_classes=5, image_shape=shape).eval(), torch.tensor([0, 1])
-    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    net, labels = model(name, num_classes=5, image_shape=shape).eval().double(), torch.tensor([0, 1])
+    images = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gradients = []
     for forward in (net, torch.compile(net, fullgraph=True)):
         net.zero_grad(set_to_none=True)
         torch.nn.functional.cross_entropy(forward(images), labels).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-9 * gradients[0].abs().max().item())
 
 
 def test_compiled_cnn_small(): check_compiled('cnn_small', (1, 8, 8))
