@@ -398,6 +398,13 @@ def test_a_worker_that_dies_is_one_sentence(tree, monkeypatch):
     assert '\n' not in str(refusal.value)
 
 
+def test_an_error_inside_a_worker_is_not_taken_for_its_death(tree, monkeypatch):
+    for kind in (RuntimeError, FileNotFoundError):
+        def fail(self, i, kind=kind): raise kind('a mistake of our own')
+        monkeypatch.setattr(_Files, '__getitem__', fail)
+        with pytest.raises(kind, match='a mistake of our own'): list(dataset('imagenet', root=tree, image_size=16, workers=2).batches('train', 10))
+
+
 def test_a_file_that_may_not_be_read_is_named(tree, monkeypatch):
     def refuse(path, *_): raise PermissionError(13, 'Permission denied', str(path))
     monkeypatch.setattr('PIL.Image.open', refuse)

@@ -287,6 +287,7 @@ def check_parameters(
         ours = not (name.startswith('_') or name in ('In', 'Out') or callable(value) or inspect.ismodule(value))
         if ours: check_choice('parameter', name, accepted)
 
+
 _SHOWN = {**dict.fromkeys(('data_sets', 'defenses', 'attacks', 'networks', 'values', 'weights', 'classes', 'simplex_classes', 'overrides', 'selection'), ''),
           'seeds': 0, 'epochs': 0, 'protocol': 'last', 'steps': 0, 'passes': 3}
 

@@ -81,7 +81,8 @@ def _watched(loader):
         with _own_signals(): batches = iter(loader)
         yield from batches
     except (RuntimeError, *_LOST) as error:
-        if not isinstance(error, _LOST) and 'DataLoader worker' not in str(error): raise
+        lost = isinstance(error, _LOST) or 'DataLoader worker (pid' in str(error)
+        if not lost or str(error).startswith('Caught '): raise # an error of the worker's own
         raise Unusable('A process that reads images for this one was ended from outside, most often because the memory, or the shared memory in /dev/shm, '
                        'was full; free some, or read with fewer workers, and start again.') from error
 
