@@ -8,6 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from cmim_repro.experiments.profiles import repeat_command
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -28,6 +30,7 @@ def test_table_from_nothing_and_again_from_the_store(tmp_path):
     assert set(table['column']) == {'ls', 'kd', 'dkd', 'best'} and (table['n'] == 2).all() and table['mean'].between(0, 100).all()
     made = {p.name for p in (tmp_path/'figures').iterdir()}
     assert {'table1.tex', 'table1.html', 'models.csv', 'cmi.csv', 'cmi_digits_cnn_small.png', 'simplex_digits_cnn_small.html'} <= made
+    assert "-p profile smoke -p defenses 'cmim, st' -p attacks 'kd, dkd'` from" in (tmp_path/'figures'/'table1.md').read_text()
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path/'store').glob('*/*.json')}
     again = papermill(tmp_path, *NARROW, ('figures', tmp_path/'figures2'))
     assert again.returncode == 0 and {p: p.stat().st_mtime_ns for p in (tmp_path/'store').glob('*/*.json')} == stamps
@@ -51,3 +54,16 @@ def test_notebooks_for_papermill_keep_their_parameters_tag():
     for path in (ROOT/'nbs').glob('run_*.ipynb'):
         tags = [cell['metadata'].get('tags', []) for cell in json.loads(path.read_text())['cells']]
         assert tags.count(['parameters']) == 1, path.name
+
+
+PLACES = {'profile', 'data_root', 'allow_unverified', 'store', 'executor', 'device', 'workers', 'run_settings', 'throughput', 'figures', 'plan_only', 'again'}
+
+
+def test_the_command_names_every_parameter_that_chooses_what_is_shown():
+    for path in (ROOT/'nbs').glob('run_*.ipynb'):
+        [cell] = [cell for cell in json.loads(path.read_text())['cells'] if 'parameters' in cell['metadata'].get('tags', [])]
+        own = {}
+        exec(''.join(cell['source']), {}, own)
+        plain = repeat_command(path.stem, 'quick', own)
+        assert plain == f'papermill nbs/{path.name} OUT.ipynb -p profile quick', path.name
+        for name in own.keys() - PLACES: assert repeat_command(path.stem, 'quick', {**own, name: 'other'}) == f'{plain} -p {name} other', path.name
