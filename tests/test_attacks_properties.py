@@ -85,8 +85,8 @@ def test_renaming_the_classes_changes_nothing(name, variant, batch, key):
     renamed = copy.deepcopy(plain)
     if name == 'mkd':
         with torch.no_grad():
-            renamed.factors.copy_(plain.factors[order][:, :, order])
-            renamed.scale.copy_(plain.scale[order])
+            renamed.transform.factors.copy_(plain.transform.factors[order][:, :, order])
+            renamed.transform.scale.copy_(plain.transform.scale[order])
     expected, got = plain(student, teacher, labels, 3), renamed(student[:, order], teacher[:, order], order.argsort()[labels], 3)
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
@@ -171,7 +171,7 @@ def test_shapes_are_checked(name, variant):
     with pytest.raises(Invalid, match='no teacher_log_probs'): module(z, None, labels)
     with pytest.raises(Invalid, match=r'teacher_log_probs have shape \(4, 5\)'): module(z, z[:, :5], labels)
     with pytest.raises(Invalid, match=r'labels have shape \(3,\)'): module(z, z, labels[:3])
-    with pytest.raises(Invalid, match=r'student_logits have shape \(6,\)'): module(z[0], z[0], labels)
+    with pytest.raises(Invalid, match=r'logits have shape \(6,\)'): module(z[0], z[0], labels)
 
 
 def test_all_attacks_of_table_1_and_their_variants():
@@ -184,9 +184,9 @@ def test_the_memory_of_mkd_is_bounded_by_pieces():
     mkd = attack('mkd', num_classes=C)
     from cmim_repro.attacks.mkd import markov_output
     probs, labels = torch.randn(B, C).softmax(1), torch.arange(B)
-    values = [markov_output(probs, labels, mkd.scale, mkd.factors, entries=entries) for entries in (2**24, 4*C*C)]
+    values = [markov_output(probs, labels, mkd.transform.scale, mkd.transform.factors, entries=entries) for entries in (2**24, 4*C*C)]
     torch.testing.assert_close(values[0], values[1])
-    gradients = [torch.autograd.grad((value**2).sum(), [mkd.scale, mkd.factors]) for value in values]
+    gradients = [torch.autograd.grad((value**2).sum(), [mkd.transform.scale, mkd.transform.factors]) for value in values]
     for whole, cut in zip(*gradients, strict=True): torch.testing.assert_close(whole, cut)
 
 

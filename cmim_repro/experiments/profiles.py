@@ -337,7 +337,7 @@ def protected(
         variant, options = _split_variant(task.method_options(method, network))
         known = {'model_options': {'pretrained': True}, 'recipe': Recipe()} if method == 'ce' and task.pretrained else {'recipe': _teacher_recipe(task, network, method)}
         return make_run(task.data, network, method, seed=seed, data_options=task.data_options, variant=variant, teacher=teacher, **known, **options)
-    needs = kind_of(defense) == 'release' or getattr(objective.entry(defense), 'needs_teacher', False)
+    needs = kind_of(defense) == 'release' or objective.entry(defense).needs_teacher
     return make(defense, make('ce') if needs else None)
 
 # %% ../../nbs/experiments/03_profiles.ipynb #f8df2c10

@@ -25,9 +25,14 @@ def _check_alpha(alpha):
 # %% ../../nbs/theory/01_distributions.ipynb #6ab957f2
 def power_transform(
     log_probs: Tensor, # Log-probabilities in the last dimension, -inf for exact zeros; logits do as well
-    alpha: float|Tensor, # Power(s) from 0: a number, or a tensor that broadcasts against `log_probs`
+    alpha: float|Tensor|None=None, # Power(s) from 0: a number, or a tensor that broadcasts against `log_probs`
+    *, temperature: float|None=None, # T above 0, instead of the power 1/T
+    probs: bool=False, # Probabilities of finite `log_probs`, at powers that were checked before: no copy, no masks
 )->Tensor:
-    "Logarithm of the power-transformed distribution (eq. 2); power 0 gives the uniform distribution over the support."
+    "Logarithm of the power-transformed distribution (eq. 2); power 0 is uniform over the support."
+    if temperature is not None:
+        return (log_probs / check_number('temperature', temperature, 0, open_low=True)).log_softmax(-1)
+    if probs: return (alpha * log_probs).softmax(-1)
     alpha = _check_alpha(alpha)
     zero = log_probs == -math.inf
     # alpha * -inf is NaN at alpha = 0, and so is its derivative in alpha everywhere
