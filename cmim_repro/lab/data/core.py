@@ -300,8 +300,7 @@ class Splits:
 
     def normalised(self, images):
         "Bytes (B, ch, H, W) to float32, mean and standard deviation taken out."
-        numbers = images.to(torch.float32, memory_format=torch.contiguous_format)
-        return numbers.div_(255).sub_(self._mean).div_(self._std)
+        return images.to(torch.float, memory_format=torch.contiguous_format).div_(255).sub_(self._mean).div_(self._std)
 
     def pictures(self, images):
         "The opposite of `normalised`, in 0..1, for showing."

@@ -135,7 +135,6 @@ class StreamedDataSet(DataSet):
         return found
 
     def _decoded(self, split, batches, augment, key):
-        "Normalised images for each list of positions."
         files = _Files(self.root, self._names[split], self.image_shape[1], augment, key)
         for images in _read(files, batches, self.workers, self.device): yield self.normalised(images)
 
