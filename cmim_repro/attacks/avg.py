@@ -29,7 +29,7 @@ AVERAGES, ZERO = ['probabilities', 'logits'], -1e3
 
 @attack.register('avg', variants={'authors': {'reduction': 'elemmean'}, 'paper': {},
                                   'official': {'average': 'logits', 'temperature': 20., 'weight': .81}},
-                 settings={'imagenet': {'temperature': 1.}})
+                 paper={'*': {'weight': .9, 'temperature': 4.}, 'imagenet': {'temperature': 1.}})
 class AVG(Attack):
     "Averaged answers (Keser and Toreyin, 2023): ce_weight CE + weight T^2 KL(mean of the class in the batch || student)."
     def __init__(self,

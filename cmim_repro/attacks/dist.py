@@ -23,7 +23,7 @@ def pearson(
 
 # %% ../../nbs/attacks/04_dist.ipynb #d3b6b247
 @attack.register('dist', variants={'authors': {'temperature': 1., 'weight': 1.}, 'paper': {'temperature': 1., 'weight': 1.}},
-                 settings={'imagenet': {'temperature': 1.}})
+                 paper={'*': {'variant': 'paper'}})
 class DIST(Attack):
     "DIST (Huang et al., 2022): ce_weight CE + weight T^2 (inter- and intra-class correlation losses)."
     def __init__(self,

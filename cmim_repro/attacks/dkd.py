@@ -35,7 +35,7 @@ def other_log_probs(
 # %% ../../nbs/attacks/03_dkd.ipynb #726b1268
 @attack.register('dkd', variants={'authors': {'ce_weight': 0., 'warmup_epochs': 0, 'nontarget_weight': 4.}, 'paper': {'nontarget_weight': 4.}},
                  grid=[{'target_weight': 1., 'nontarget_weight': 4.}, {'target_weight': 2., 'nontarget_weight': 8.}],
-                 settings={'imagenet': {'temperature': 1.}})
+                 paper={'*': {'temperature': 4.}, 'imagenet': {'temperature': 1.}})
 class DKD(Attack):
     "Decoupled distillation (Zhao et al., 2022): the target and the non-target part of the divergence, weighted apart."
     def __init__(self,

@@ -13,7 +13,8 @@ from ..core import check_number
 
 # %% ../../nbs/attacks/05_htc.ipynb #fafae9f5
 @attack.register('htc', variants={'authors': {'reduction': 'elemmean'}, 'paper': {},
-                                  'thirdparty': {'weight': .9, 'ce_weight': .1, 'temperature': 50., 'student_temperature': 1.}})
+                                  'thirdparty': {'weight': .9, 'ce_weight': .1, 'temperature': 50., 'student_temperature': 1.}},
+                 paper={'*': {'weight': .01, 'temperature': 20.}})
 class HTC(Attack):
     "High-temperature distillation (after Jandial et al., 2022): ce_weight CE + weight Ts^2 KL(teacher at T || student at Ts)."
     def __init__(self,

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from .core import Attack, attack, check_soft, soft_kl, soften
 
 # %% ../../nbs/attacks/01_kd.ipynb #e51fd339
-@attack.register('kd', variants={'authors': {'reduction': 'elemmean'}, 'paper': {}}, settings={'imagenet': {'temperature': 1.}})
+@attack.register('kd', variants={'authors': {'reduction': 'elemmean'}, 'paper': {}},
+                 paper={'*': {'weight': .9, 'temperature': 4.}, 'imagenet': {'temperature': 1.}})
 class KD(Attack):
     "Distillation (Hinton et al., 2015): (1 - weight) CE + weight T^2 KL(teacher at T || student at T)."
     def __init__(self,

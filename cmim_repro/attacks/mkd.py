@@ -50,7 +50,8 @@ def markov_output(
 
 # %% ../../nbs/attacks/02_mkd.ipynb #6532f567
 @attack.register('mkd', variants={'authors': {'transform': 'repo', 'reduction': 'elemmean'}, 'paper': {}}, context=('num_classes', 'seed'),
-                 settings={'tinyimagenet': {'dimension': 5}, 'imagenet': {'dimension': 16, 'temperature': 1.}})
+                 paper={'*': {'weight': .9, 'temperature': 4., 'dimension': 3, 'transform_lr': 1e-3, 'initial_scale': 6.},
+                        'tinyimagenet': {'dimension': 5}, 'imagenet': {'dimension': 16, 'temperature': 1.}})
 class MKD(Attack):
     "Markov distillation (Yang and Ye, 2022): distillation through a learnt transform of each class."
     def __init__(self,

@@ -61,7 +61,8 @@ class GeneratorLoss(Objective):
         return F.cross_entropy(logits, labels) - self.weight * divergence.mean()
 
 # %% ../../nbs/defenses/09_apgp.ipynb #76ad0459
-@release.register('apgp', variants={'authors': {}, 'paper': {'layers': 2}}, context=('num_classes', 'seed'), recipe={'lr': .1, 'epochs': 10}, trained_by='apgp')
+@release.register('apgp', variants={'authors': {}, 'paper': {'layers': 2}}, context=('num_classes', 'seed'), recipe={'lr': .1, 'epochs': 10}, trained_by='apgp',
+                  paper={'*': {'weight': .1}})
 class GenerativePerturbation(nn.Module):
     "Answers softmax(h(p)) with a trained generator h; APGP as the CMIM authors re-implemented it. `training_loss` is what to minimise first."
     def __init__(self,

@@ -19,7 +19,10 @@ VARIANTS = {'paper': {'centroids': 'resample', 'per_class': 8, 'every': 1},
             'table9': {'centroids': 'resample', 'per_class': 8, 'every': 20}}
 
 
-@objective.register('cmim', variants=VARIANTS, context=('num_classes', 'train_labels', 'seed'))
+@objective.register('cmim', variants=VARIANTS, context=('num_classes', 'train_labels', 'seed'), paper={
+    '*': {'beta': 2., 'count': 25, 'omega': 25.}, 'imagenet': {'weight': .2},
+    ('cifar100', 'vgg16'): {'weight': .5}, ('cifar100', 'resnet50'): {'weight': .2},
+    ('tinyimagenet', 'resnet34'): {'weight': .1}, ('tinyimagenet', 'resnet50'): {'weight': .5}})
 class CMIM(Objective):
     "Cross-entropy plus minimised conditional mutual information, in nats (eq. 28, Algorithm 1)."
     sums_over_processes = True # its own sums are all-reduced: it wants this process's rows

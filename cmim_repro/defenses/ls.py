@@ -13,7 +13,8 @@ from ..core import check_number
 from .core import Objective, objective
 
 # %% ../../nbs/defenses/02_ls.ipynb #5f2dd69c
-@objective.register('ls', variants={'authors': {}, 'paper': {}}, epsilons=(.01, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9), defence_epsilon=.05)
+@objective.register('ls', variants={'authors': {}, 'paper': {}}, epsilons=(.01, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9), defence_epsilon=.05,
+                    paper={'*': {'epsilon': .05}})
 class LabelSmoothing(Objective):
     "Mean cross-entropy with smoothed labels, in nats (eq. 1; Szegedy et al., 2016)."
     def __init__(self,

@@ -195,7 +195,8 @@ def poison(
     return (walk if optimiser == 'walk' else project)(y, corner, budget, norm)
 
 # %% ../../nbs/defenses/08_mad.ipynb #9a45c514
-@release.register('mad', variants={'paper': {}}, context=('num_classes', 'image_shape', 'seed'), budgets=(.1, .5, 1., 2.))
+@release.register('mad', variants={'paper': {}}, context=('num_classes', 'image_shape', 'seed'), budgets=(.1, .5, 1., 2.),
+                  paper={'*': {'surrogate': 'vgg8', 'oracle': 'argmax'}})
 class MaximalAngularDeviation(nn.Module):
     "MAD-argmax or MAD (Orekondy et al., 2020) against a randomly initialised surrogate."
     def __init__(self,

@@ -19,7 +19,8 @@ DIRECTIONS = ['nasty_to_normal', 'normal_to_nasty']
 REDUCTIONS = ['batchmean', 'elemmean']
 
 # %% ../../nbs/defenses/03_nt.ipynb #fe46c2b7
-@objective.register('nt', weights=PAPER_WEIGHTS, variants={
+@objective.register('nt', weights=PAPER_WEIGHTS, paper={
+    ('cifar100', 'vgg16'): {'weight': .005}, ('cifar100', 'resnet50'): {'weight': .01}, 'tinyimagenet': {'weight': .001}}, variants={
     'authors': {'direction': 'normal_to_nasty', 'reduction': 'elemmean'},
     'paper': {'direction': 'normal_to_nasty', 'temperature': 1.}})
 class NastyTeacher(Objective):

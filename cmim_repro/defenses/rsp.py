@@ -29,7 +29,8 @@ def _less_batch_minimum(raised):
     return torch.where(by_class.sum(-1, keepdim=True) > 0, by_class, by_row)
 
 # %% ../../nbs/defenses/07_rsp.ipynb #7b3573f4
-@release.register('rsp', variants={'authors': {'baseline': 'batch_minimum'}, 'paper': {'magnitude': 1.}})
+@release.register('rsp', variants={'authors': {'baseline': 'batch_minimum'}, 'paper': {'magnitude': 1.}},
+                  paper={'*': {'steepness': 20.}})
 class ReverseSigmoid(nn.Module):
     "Reverse sigmoid perturbation (Lee et al., 2019) as in Orekondy et al.'s code, or in the CMIM authors'."
     def __init__(self,

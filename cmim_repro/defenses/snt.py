@@ -161,7 +161,8 @@ def others(
     return power_transform(logits.masked_fill(F.one_hot(labels, logits.shape[1]).bool(), -torch.inf), 1 / temperature)
 
 # %% ../../nbs/defenses/04_snt.ipynb #b785efee
-@objective.register('snt', context=('num_classes', 'class_names', 'superclasses', 'wordnet_ids'), reconstruction=True)
+@objective.register('snt', context=('num_classes', 'class_names', 'superclasses', 'wordnet_ids'), reconstruction=True,
+                    paper={'*': {'weight': .2}})
 class SemanticNastyTeacher(Objective):
     "Cross-entropy, and the wrong classes' distribution pushed away from the semantic neighbours; a reconstruction of Wang et al. (2022), in nats."
     def __init__(self,

@@ -13,7 +13,7 @@ from ..core import check_batch, check_number
 from .core import full_precision, release
 
 # %% ../../nbs/defenses/06_st.ipynb #309e04a5
-@release.register('st', variants={'authors': {}, 'paper': {}})
+@release.register('st', variants={'authors': {}, 'paper': {}}, paper={'*': {'ratio': .1}})
 class StingyTeacher(nn.Module):
     "Keep the largest share `ratio` of the classes, at least one; Ma et al. (2022)."
     def __init__(self,
