@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Invalid', 'Unusable', 'check_choice', 'check_number', 'check_batch', 'check_finite', 'full_precision', 'Registry',
            'patch_to', 'keyed_seed', 'keyed_generator', 'atomic_write', 'project_root', 'download_folder',
-           'default_store']
+           'default_store', 'usable_cores']
 
 # %% ../nbs/00_core.ipynb #9033be4f
 import atexit
@@ -234,3 +234,10 @@ def _test_store():
 def default_store()->Path:
     "Where finished runs are kept unless another store is named."
     return Path(os.environ.get('CMIM_STORE') or (_test_store() if os.environ.get('IN_TEST') else project_root()/'data'/'runs'))
+
+# %% ../nbs/00_core.ipynb #441da1fe
+def usable_cores()->int:
+    "Cores that this process may use."
+    if hasattr(os, 'process_cpu_count'): return os.process_cpu_count() or 1 # Python 3.13
+    if hasattr(os, 'sched_getaffinity'): return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..core import Invalid, check_choice, check_number
-from .profiles import Entry, Profile, attacked, label, names, narrowed, parse_overrides, protected, smoothed
+from .profiles import Entry, Profile, attacked, choice_label as label, names, narrowed, parse_overrides, protected, smoothed
 
 # %% ../../nbs/experiments/08_studies_figures.ipynb #34bf9e01
 FIGURE_DEFENSES = {1: ('ce',), 2: ('ce', 'nt', 'cmim'), 3: ()} # empty: cross-entropy and all of the profile

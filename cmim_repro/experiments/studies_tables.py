@@ -16,7 +16,7 @@ import torch
 
 from ..core import Invalid, Unusable, atomic_write, check_choice, check_number
 from .execution import answers_of, make_method, make_network, released
-from .profiles import Entry, Profile, Task, label, names, protected, table1_entries
+from .profiles import Entry, Profile, Task, choice_label as label, names, protected, table1_entries
 from .runs import Run
 from .store import Store, provenance
 from .throughput import synchronize

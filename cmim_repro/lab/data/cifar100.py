@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from ...core import Unusable, download_folder
-from .core import Crop, Facts, Flip, check_published, dataset, fetch, read_file, sha256, tensor_data_set
+from .core import (Crop, Facts, Flip, Size, check_published, dataset, fetch, read_file, sha256,
+                                      tensor_data_set)
 
 # %% ../../../nbs/lab/data/02_cifar100.ipynb #8667d07f
 class _Dtype:
@@ -68,7 +69,8 @@ def read_pickle(
     "A dictionary of plain values and arrays of bytes; `Unusable` in one sentence for anything else."
     try: record = _Reader(io.BytesIO(content), encoding='latin1').load()
     except _Refused as error:
-        raise Unusable(f'{path} asks for {error}, which image data have no use for; it was not run, and the file should not be trusted.') from error
+        raise Unusable(f'{path} asks for {error}, which image data have no use for; it was not run, and the file '
+                       'should not be trusted.') from error
     except (Exception, RecursionError) as error:
         raise Unusable(f'{path} is damaged ({type(error).__name__}: {error}); download it again.') from error
     if isinstance(record, dict): return record
@@ -78,7 +80,9 @@ def read_pickle(
 def _whole_numbers(path, record, key, count, below):
     values = record.get(key)
     ok = isinstance(values, list) and len(values) == count and all(type(v) is int and 0 <= v < below for v in values)
-    if not ok: raise Unusable(f"{path} is damaged: {key!r} must be {count} whole numbers from 0 to {below - 1}, one for each image.")
+    if not ok:
+        raise Unusable(f"{path} is damaged: {key!r} must be {count} whole numbers from 0 to {below - 1}, "
+                       'one for each image.')
     return torch.tensor(values)
 
 
@@ -93,7 +97,8 @@ def _part(
         raise Unusable(f"{path} is damaged: its 'data' cannot be read as an array of bytes ({error}).") from error
     if rows.ndim != 2 or rows.shape[1] != 3072 or not len(rows):
         raise Unusable(f"{path} is damaged: its 'data' have shape {rows.shape}; they must be (N, 3072).")
-    fine, coarse = (_whole_numbers(path, record, f'{kind}_labels', len(rows), below) for kind, below in (('fine', 100), ('coarse', 20)))
+    fine, coarse = (_whole_numbers(path, record, f'{kind}_labels', len(rows), below)
+                    for kind, below in (('fine', 100), ('coarse', 20)))
     return torch.from_numpy(rows.copy()).view(-1, 3, 32, 32), fine, coarse
 
 # %% ../../../nbs/lab/data/02_cifar100.ipynb #ec39868f
@@ -102,7 +107,8 @@ def _names(path, content):
     record = read_pickle(path, content)
     for key, count in (('fine_label_names', 100), ('coarse_label_names', 20)):
         names = record.get(key)
-        if not isinstance(names, list) or len(names) != count or not all(isinstance(name, str) for name in names) or len(set(names)) != count:
+        whole = isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names)
+        if not whole or len(set(names)) != count:
             raise Unusable(f"{path} is damaged: {key!r} must be {count} different names.")
     return record['fine_label_names'], record['coarse_label_names']
 
@@ -111,8 +117,10 @@ def _superclasses(path, fine, coarse):
     "Superclass of each of the 100 classes, which every image of the class must agree on."
     groups = torch.full((100,), -1)
     groups[fine] = coarse
-    if (groups < 0).any(): raise Unusable(f'{path} is damaged: it has no image of class {int((groups < 0).nonzero()[0])}.')
-    if (groups[fine] != coarse).any(): raise Unusable(f"{path} is damaged: images of one class have different 'coarse_labels'.")
+    if (groups < 0).any():
+        raise Unusable(f'{path} is damaged: it has no image of class {int((groups < 0).nonzero()[0])}.')
+    if (groups[fine] != coarse).any():
+        raise Unusable(f"{path} is damaged: images of one class have different 'coarse_labels'.")
     return groups.tolist()
 
 # %% ../../../nbs/lab/data/02_cifar100.ipynb #338623c4
@@ -135,7 +143,9 @@ def _located(root, download):
             fetch(archive.url, archive.filename, archive.tgz_md5, folder.parent, present)
     else: folder = Path(root) / _FOLDER if (Path(root) / _FOLDER).exists() else Path(root)
     missing = [file for file in _FILES if not (folder / file).is_file()]
-    if missing: raise Unusable(f"{folder} has no {' and no '.join(missing)}; CIFAR-100 is a folder {_FOLDER} with {', '.join(_FILES)}.")
+    if missing:
+        raise Unusable(f"{folder} has no {' and no '.join(missing)}; "
+                       f"CIFAR-100 is a folder {_FOLDER} with {', '.join(_FILES)}.")
     return folder
 
 # %% ../../../nbs/lab/data/02_cifar100.ipynb #489633bb
@@ -148,7 +158,8 @@ def _verified(folder, contents, allow_unverified):
     return all([check_published(folder / file, contents[file], sums[file], allow_unverified) for file in _FILES])
 
 # %% ../../../nbs/lab/data/02_cifar100.ipynb #ee4201ba
-@dataset.register('cifar100', context=('root', 'allow_unverified', 'download', 'device'))
+@dataset.register('cifar100', size=Size(50_000, 10_000, 100, (3, 32, 32)),
+                  context=('root', 'allow_unverified', 'download', 'device'))
 def cifar100(
     classes=None, # None for all hundred, a number for the first ones, or a list of indices or names
     per_class=None, # Training images of a class, held-out ones included; None for all
@@ -166,7 +177,9 @@ def cifar100(
     verified = _verified(folder, contents, allow_unverified)
     names, groups = _names(folder / 'meta', contents['meta'])
     parts = {part: _part(folder / part, contents[part]) for part in ('train', 'test')}
-    facts = Facts('cifar100', names, _MEAN, _STD, (Crop(4), Flip()), superclasses=_superclasses(folder / 'train', *parts['train'][1:]),
-                  superclass_names=groups, checksum={file: sha256(contents[file]) for file in _FILES}, verified=verified)
-    return tensor_data_set(facts, {part: p[0] for part, p in parts.items()}, {part: p[1] for part, p in parts.items()}, classes=classes,
-                           per_class=per_class, test_per_class=test_per_class, held_out=held_out, split_seed=split_seed, device=device)
+    facts = Facts('cifar100', names, _MEAN, _STD, (Crop(4), Flip()), verified=verified,
+                  superclasses=_superclasses(folder / 'train', *parts['train'][1:]), superclass_names=groups,
+                  checksum={file: sha256(contents[file]) for file in _FILES})
+    images, labels = {part: p[0] for part, p in parts.items()}, {part: p[1] for part, p in parts.items()}
+    return tensor_data_set(facts, images, labels, classes=classes, per_class=per_class, test_per_class=test_per_class,
+                           held_out=held_out, split_seed=split_seed, device=device)

@@ -14,7 +14,8 @@ import torch
 from PIL import ImageOps
 
 from ...core import Invalid, Unusable, check_number, keyed_generator
-from .core import Crop, Facts, Flip, TensorDataSet, dataset, listing_sum, open_image, read_file, sha256
+from .core import (Crop, Facts, Flip, TensorDataSet, dataset, listing_sum, open_image, read_file,
+                                      sha256)
 
 # %% ../../../nbs/lab/data/05_folder.ipynb #976f1500
 _ENDINGS = ('.jpeg', '.jpg', '.png', '.bmp', '.webp')
@@ -23,7 +24,8 @@ _ENDINGS = ('.jpeg', '.jpg', '.png', '.bmp', '.webp')
 def _image_files(folder):
     "Paths below the folder, however deep, sorted."
     if not Path(folder).is_dir(): raise Unusable(f'{folder} is not a folder; name one that holds images with path.')
-    found = sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob('*') if p.suffix.lower() in _ENDINGS and p.is_file())
+    files = [p for p in Path(folder).rglob('*') if p.suffix.lower() in _ENDINGS and p.is_file()]
+    found = sorted(p.relative_to(folder).as_posix() for p in files)
     if found: return found
     raise Unusable(f"{folder} holds no images; accepted: files that end in {', '.join(_ENDINGS)}.")
 
@@ -35,7 +37,7 @@ def _fitted(path, shape):
     return torch.from_numpy(np.array(image)).view(shape[1], shape[2], shape[0]).permute(2, 0, 1), sha256(content)
 
 # %% ../../../nbs/lab/data/05_folder.ipynb #af6da5cd
-@dataset.register('folder', context=('image_shape', 'mean', 'std', 'download', 'device'))
+@dataset.register('folder', labelled=False, context=('image_shape', 'mean', 'std', 'download', 'device'))
 def folder(
     path=None, # The folder; images may lie in folders below it
     limit=None, # Use so many images, chosen at random; None for all
@@ -46,15 +48,20 @@ def folder(
     download=True, # Not used
     device='cpu', # Where the images are kept
 ):
-    "All images below a folder as the training part of a data set without classes; crop by an eighth and mirror as augmentation."
+    "All images below a folder as the training part of a data set without classes; augmented by crop and mirror."
     if path is None: raise Invalid("The data set 'folder' needs the option 'path', a folder of images.")
-    if len(image_shape) != 3 or image_shape[0] not in (1, 3): raise Invalid(f'image_shape is {image_shape}; it must be (1 or 3, height, width).')
+    if len(image_shape) != 3 or image_shape[0] not in (1, 3):
+        raise Invalid(f'image_shape is {image_shape}; it must be (1 or 3, height, width).')
     names = _image_files(path)
     if limit is not None:
-        order = torch.randperm(len(names), generator=keyed_generator(split_seed, 'folder'))[:check_number('limit', limit, 1, integer=True)]
+        check_number('limit', limit, 1, integer=True)
+        order = torch.randperm(len(names), generator=keyed_generator(split_seed, 'folder'))[:limit]
         names = [names[i] for i in order.sort().values.tolist()]
-    with ThreadPoolExecutor() as pool: images, sums = zip(*pool.map(lambda name: _fitted(Path(path) / name, image_shape), names), strict=True)
+    with ThreadPoolExecutor() as pool:
+        images, sums = zip(*pool.map(lambda name: _fitted(Path(path) / name, image_shape), names), strict=True)
     grey = (.5,) * image_shape[0]
-    facts = Facts('folder', ['image'], tuple(mean or grey), tuple(std or grey), (Crop(image_shape[1] // 8), Flip()), verified=False,
-                  checksum={'images': listing_sum(f'{name} {total}' for name, total in zip(names, sums, strict=True))})
-    return TensorDataSet(facts, {'train': torch.stack(images)}, {'train': torch.zeros(len(names), dtype=torch.long)}, device)
+    total = listing_sum(f'{name} {found}' for name, found in zip(names, sums, strict=True))
+    facts = Facts('folder', ['image'], tuple(mean or grey), tuple(std or grey), (Crop(image_shape[1] // 8), Flip()),
+                  checksum={'images': total}, verified=False)
+    labels = torch.zeros(len(names), dtype=torch.long)
+    return TensorDataSet(facts, {'train': torch.stack(images)}, {'train': labels}, device)

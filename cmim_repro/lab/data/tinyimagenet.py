@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...core import Unusable, atomic_write, download_folder
-from .core import (Crop, Facts, Flip, Rotation, dataset, fetch, folders_in, images_in, listing_sum, open_image, read_file, sha256,
-                                      tensor_data_set)
+from ...core import Unusable, atomic_write, download_folder, usable_cores
+from .core import (Crop, Facts, Flip, Rotation, Size, dataset, fetch, folders_in, images_in,
+                                      listing_sum, open_image, read_file, sha256, tensor_data_set)
 
 # %% ../../../nbs/lab/data/03_tinyimagenet.ipynb #6749f1c6
 _FOLDER, _SIZE = 'tiny-imagenet-200', 64
-_URL, _ARCHIVE, _MD5 = 'http://cs231n.stanford.edu/tiny-imagenet-200.zip', 'tiny-imagenet-200.zip', '90528d7ca1a48142e341f4ef8d21d0de'
+_URL, _ARCHIVE = 'http://cs231n.stanford.edu/tiny-imagenet-200.zip', 'tiny-imagenet-200.zip'
+_MD5 = '90528d7ca1a48142e341f4ef8d21d0de'
 
 
 def _located(root, download):
@@ -35,14 +36,16 @@ def _located(root, download):
         if download and not present(): fetch(_URL, _ARCHIVE, _MD5, folder.parent, present)
     else: folder = Path(root) / _FOLDER if (Path(root) / _FOLDER).exists() else Path(root)
     if (folder / 'wnids.txt').is_file(): return folder
-    raise Unusable(f'{folder} has no wnids.txt; TinyImageNet is a folder {_FOLDER} with wnids.txt, words.txt, train and val.')
+    raise Unusable(f'{folder} has no wnids.txt; TinyImageNet is a folder {_FOLDER} with wnids.txt, words.txt, '
+                   'train and val.')
 
 
 def _verified(folder):
     "Is the published archive still beside the folder that was unpacked from it?"
     archive = folder.parent / _ARCHIVE
     if not archive.is_file(): return False
-    with archive.open('rb') as file: return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == _MD5
+    with archive.open('rb') as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == _MD5
 
 # %% ../../../nbs/lab/data/03_tinyimagenet.ipynb #f1518619
 def _text(path):
@@ -55,8 +58,10 @@ def _classes(folder):
     wnids = sorted(_text(folder / 'wnids.txt').split())
     found = folders_in(folder / 'train')
     for odd in sorted(set(wnids) ^ set(found)):
-        raise Unusable(f"{folder / 'train' / odd} is {'missing' if odd in wnids else 'not listed'}: the class folders of train must be those of wnids.txt.")
-    if len(set(wnids)) < len(wnids) or len(wnids) < 2: raise Unusable(f"{folder / 'wnids.txt'} must list at least two classes, each once.")
+        raise Unusable(f"{folder / 'train' / odd} is {'missing' if odd in wnids else 'not listed'}: the class folders "
+                       "of train must be those of wnids.txt.")
+    if len(set(wnids)) < len(wnids) or len(wnids) < 2:
+        raise Unusable(f"{folder / 'wnids.txt'} must list at least two classes, each once.")
     words = dict(line.split('\t', 1) for line in _text(folder / 'words.txt').splitlines() if '\t' in line)
     for wnid in wnids:
         if wnid not in words: raise Unusable(f"{folder / 'words.txt'} has no line for the class {wnid}.")
@@ -67,7 +72,8 @@ def _classes(folder):
 # %% ../../../nbs/lab/data/03_tinyimagenet.ipynb #5f154419
 def _training_files(folder, wnids):
     "[(path below the folder, class)] of the training images."
-    return [(f'train/{wnid}/images/{name}', i) for i, wnid in enumerate(wnids) for name in images_in(folder / 'train' / wnid / 'images')]
+    return [(f'train/{wnid}/images/{name}', i) for i, wnid in enumerate(wnids)
+            for name in images_in(folder / 'train' / wnid / 'images')]
 
 
 def _validation_files(folder, wnids):
@@ -76,11 +82,13 @@ def _validation_files(folder, wnids):
     for number, line in enumerate(_text(path).splitlines(), 1):
         name, _, rest = line.partition('\t')
         wnid = rest.split('\t')[0]
-        if wnid not in index: raise Unusable(f'{path} is damaged: line {number} names the class {wnid!r}, which wnids.txt does not list.')
+        if wnid not in index:
+            raise Unusable(f'{path} is damaged: line {number} names the class {wnid!r}, which wnids.txt does not list.')
         label[name] = index[wnid]
     present = images_in(folder / 'val' / 'images')
     for odd in sorted(set(label) ^ set(present)):
-        raise Unusable(f"{folder / 'val' / 'images' / odd} is {'missing' if odd in label else 'not named in val_annotations.txt'}.")
+        raise Unusable(f"{folder / 'val' / 'images' / odd} is "
+                       f"{'missing' if odd in label else 'not named in val_annotations.txt'}.")
     return [(f'val/images/{name}', label[name]) for name in present]
 
 # %% ../../../nbs/lab/data/03_tinyimagenet.ipynb #00850ecc
@@ -88,7 +96,8 @@ def _decode(path, place):
     "Fill `place`, (3, 64, 64) bytes, with an image; the SHA-256 of its file."
     content = read_file(path)
     image = np.asarray(open_image(path, content))
-    if image.shape != (_SIZE, _SIZE, 3): raise Unusable(f'{path} has {image.shape[1]} by {image.shape[0]} pixels; it must have {_SIZE} by {_SIZE}.')
+    if image.shape != (_SIZE, _SIZE, 3):
+        raise Unusable(f'{path} has {image.shape[1]} by {image.shape[0]} pixels; it must have {_SIZE} by {_SIZE}.')
     place[:] = image.transpose(2, 0, 1)
     return sha256(content)
 
@@ -96,7 +105,8 @@ def _decode(path, place):
 def _decode_all(folder, names):
     "(N, 3, 64, 64) bytes, and the sum of the list of files."
     images = np.empty((len(names), 3, _SIZE, _SIZE), np.uint8)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool: sums = list(pool.map(_decode, [folder / name for name in names], images))
+    with ThreadPoolExecutor(min(16, usable_cores())) as pool:
+        sums = list(pool.map(_decode, [folder / name for name in names], images))
     return images, listing_sum(f'{name} {total}' for name, total in zip(names, sums, strict=True))
 
 # %% ../../../nbs/lab/data/03_tinyimagenet.ipynb #2c80000d
@@ -130,7 +140,8 @@ def cached_images(
     return images, total
 
 # %% ../../../nbs/lab/data/03_tinyimagenet.ipynb #1198f954
-@dataset.register('tinyimagenet', context=('root', 'allow_unverified', 'download', 'device'))
+@dataset.register('tinyimagenet', size=Size(100_000, 10_000, 200, (3, 64, 64)),
+                  context=('root', 'allow_unverified', 'download', 'device'))
 def tinyimagenet(
     classes=None, # None for all, a number for the first ones, or a list of indices, names or WordNet ids
     per_class=None, # Training images of a class, held-out ones included; None for all
@@ -138,7 +149,7 @@ def tinyimagenet(
     held_out=0., # Part of the training images that is set aside for choosing hyper-parameters
     split_seed=0, # Seed of that choice
     root=None, # Folder that holds `tiny-imagenet-200`, or that folder; None for the downloads folder
-    allow_unverified=False, # Not needed: images are read safely, and `verified` says whether the published archive lies beside them
+    allow_unverified=False, # Not needed: images are read safely; `verified` tells whether the archive lies beside them
     download=True, # Fetch the archive if `root` is not given and it is not there
     device='cpu', # Where the images are kept
 ):
@@ -146,10 +157,12 @@ def tinyimagenet(
     folder = _located(root, download)
     wnids, names = _classes(folder)
     files = {'train': _training_files(folder, wnids), 'test': _validation_files(folder, wnids)}
-    found = {part: cached_images(folder, [name for name, _ in listed], download_folder() / 'cache') for part, listed in files.items()}
-    facts = Facts('tinyimagenet', names, (.4802, .4481, .3975), (.2302, .2265, .2262), (Rotation(20), Crop(8, 'edge'), Flip()), wordnet_ids=wnids,
-                  checksum={part: total for part, (_, total) in found.items()}, verified=_verified(folder))
-    images = {part: torch.from_numpy(array) for part, (array, _) in found.items()}
-    labels = {part: torch.tensor([label for _, label in listed]) for part, listed in files.items()}
+    images, labels, sums = {}, {}, {}
+    for part, listed in files.items():
+        paths, classes_of = zip(*listed, strict=True)
+        array, sums[part] = cached_images(folder, paths, download_folder() / 'cache')
+        images[part], labels[part] = torch.from_numpy(array), torch.tensor(classes_of)
+    facts = Facts('tinyimagenet', names, (.4802, .4481, .3975), (.2302, .2265, .2262),
+                  (Rotation(20), Crop(8, 'edge'), Flip()), wordnet_ids=wnids, checksum=sums, verified=_verified(folder))
     return tensor_data_set(facts, images, labels, classes=classes, per_class=per_class, test_per_class=test_per_class,
                            held_out=held_out, split_seed=split_seed, device=device)

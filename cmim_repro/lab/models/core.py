@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['model', 'check_image_shape', 'network', 'conv_bn', 'average_head', 'Add', 'Concat', 'chain', 'count_parameters',
-           'describe', 'sketch']
+           'describe', 'sketch', 'beside_original']
 
 # %% ../../../nbs/lab/models/00_core.ipynb #5258d77d
 import functools
@@ -15,6 +15,8 @@ from collections import OrderedDict
 import pandas as pd
 import torch
 from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
 from ...core import Invalid, Registry, check_number
 
@@ -30,7 +32,8 @@ def check_image_shape(
     channels=None, # Channels, where the network fixes them
 ):
     "Check a shape against a network's limits; `Invalid` names both."
-    fits = isinstance(image_shape, (tuple, list)) and len(image_shape) == 3 and all(type(size) is int and size >= 1 for size in image_shape)
+    fits = isinstance(image_shape, (tuple, list)) and len(image_shape) == 3
+    fits = fits and all(type(size) is int and size >= 1 for size in image_shape)
     fits = fits and channels in (None, image_shape[0]) and all(smallest <= side <= largest for side in image_shape[1:])
     if fits: return
     sides = f'from {smallest} pixels a side' if largest == math.inf else f'of {smallest} to {largest} pixels a side'
@@ -113,23 +116,29 @@ def count_parameters(
     "Number of trainable values."
     return sum(p.numel() for p in net.parameters())
 
-
-def _multiply_adds(layer, output):
-    inner = layer.weight[0].numel()  # c/g * k * k for a convolution, the inputs for a linear layer
-    return inner * output[0].numel()
-
 # %% ../../../nbs/lab/models/00_core.ipynb #d7082f65
-def _watch(net, images):
-    shapes, work, hooks = {}, {}, []
-    for block in net.children():
-        hooks.append(block.register_forward_hook(lambda module, _, output: shapes.update({module: tuple(output.shape[1:])})))
-    for layer in net.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            hooks.append(layer.register_forward_hook(lambda module, _, output: work.update({module: _multiply_adds(module, output)})))
-    try: net(images)
+def _count(
+    net, # Any module, in evaluation mode
+    image_shape, # Shape of its input, without the batch
+):
+    "(block to multiply-adds, block to the shape of its output, multiply-adds of all)."
+    work, shapes = dict.fromkeys(net.children(), 0), {}
+    shadow = {name: torch.empty_like(value, device='meta') for name, value in net.state_dict(keep_vars=True).items()}
+
+    def before(block, _): work[block] -= counter.get_total_flops()//2
+
+    def after(block, _, output):
+        work[block] += counter.get_total_flops()//2
+        shapes[block] = tuple(output.shape[1:])
+
+    hooks = [hook for block in net.children()
+             for hook in (block.register_forward_pre_hook(before), block.register_forward_hook(after))]
+    images = torch.empty(1, *image_shape, device='meta', dtype=next(net.parameters()).dtype)
+    try:
+        with FlopCounterMode(display=False) as counter: functional_call(net, shadow, images)
     finally:
         for hook in hooks: hook.remove()
-    return shapes, work
+    return work, shapes, counter.get_total_flops()//2
 
 # %% ../../../nbs/lab/models/00_core.ipynb #3e8db879
 @torch.no_grad()
@@ -139,12 +148,11 @@ def describe(
 )->pd.DataFrame:
     "Parameters, multiply-adds for one image, and output shape of each block of `net`, and their totals."
     modes = {module: module.training for module in net.modules()}
-    example = next(net.parameters())
-    try: shapes, work = _watch(net.eval(), torch.zeros(1, *image_shape, device=example.device, dtype=example.dtype))
+    try: work, shapes, total = _count(net.eval(), image_shape)
     finally:
         for module, mode in modes.items(): module.training = mode
-    rows = [(name, count_parameters(block), sum(work.get(layer, 0) for layer in block.modules()), shapes.get(block)) for name, block in net.named_children()]
-    rows.append(('total', count_parameters(net), sum(work.values()), rows[-1][-1]))
+    rows = [(name, count_parameters(block), work[block], shapes.get(block)) for name, block in net.named_children()]
+    rows.append(('total', count_parameters(net), total, rows[-1][-1]))
     return pd.DataFrame(rows, columns=['block', 'parameters', 'multiply-adds', 'output']).set_index('block')
 
 # %% ../../../nbs/lab/models/00_core.ipynb #14fc1a73
@@ -154,3 +162,13 @@ def sketch(
 )->nn.Module:
     "The network without memory for its weights: for counting and for shapes."
     with torch.device('meta'): return model(name, **options)
+
+# %% ../../../nbs/lab/models/00_core.ipynb #21b340c6
+def beside_original(
+    name, # Name of a network
+    original: nn.Module, # Its form for ImageNet
+)->pd.DataFrame:
+    "Parameters and multiply-adds of a network here, at 32 pixels, and of the original at 32 and at 224."
+    found = {'here, 32 pixels': describe(sketch(name)), "torchvision's, 32 pixels": describe(original),
+             "torchvision's, 224 pixels": describe(original, (3, 224, 224))}
+    return pd.DataFrame({what: table.loc['total'] for what, table in found.items()}).T[['parameters', 'multiply-adds']]

@@ -23,10 +23,12 @@ def dense_layer(
     return Concat(nn.Identity(), new)
 
 # %% ../../../nbs/lab/models/08_densenet.ipynb #4cf8542f
-def _transition(inputs): return nn.Sequential(nn.BatchNorm2d(inputs), nn.Conv2d(inputs, inputs//2, 1, bias=False), nn.AvgPool2d(2))
+def _transition(inputs):
+    return nn.Sequential(nn.BatchNorm2d(inputs), nn.Conv2d(inputs, inputs//2, 1, bias=False), nn.AvgPool2d(2))
 
 
-def _dense_block(inputs, depth, growth): return nn.Sequential(*(dense_layer(inputs + i*growth, growth) for i in range(depth)))
+def _dense_block(inputs, depth, growth):
+    return nn.Sequential(*(dense_layer(inputs + i*growth, growth) for i in range(depth)))
 
 # %% ../../../nbs/lab/models/08_densenet.ipynb #32ed6eaf
 GROWTH, DEPTHS = 32, (6, 12, 24, 16)
@@ -46,4 +48,5 @@ def densenet121(
         blocks[f'transition{i + 1}'] = _transition(channels)
         channels //= 2
     stem = nn.Conv2d(image_shape[0], 2 * GROWTH, 3, padding=1, bias=False)
-    return chain(stem=stem, **blocks, last=nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()), head=average_head(channels, num_classes))
+    return chain(stem=stem, **blocks, last=nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU()),
+                 head=average_head(channels, num_classes))

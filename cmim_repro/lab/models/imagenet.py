@@ -14,12 +14,14 @@ WEIGHTS = 'IMAGENET1K_V1'
 
 
 def _pretrained(name, num_classes):
-    if num_classes != 1000: raise Invalid(f'num_classes is {num_classes}; the published weights of {name!r} have 1000 classes.')
+    if num_classes != 1000:
+        raise Invalid(f'num_classes is {num_classes}; the published weights of {name!r} have 1000 classes.')
     import torchvision
     try: return torchvision.models.get_model(name, weights=WEIGHTS, progress=False)
     except (OSError, RuntimeError) as error:
         url = torchvision.models.get_model_weights(name)[WEIGHTS].url
-        raise Unusable(f'The weights of {name!r} cannot be loaded ({error}); fetch {url} into the folder checkpoints of torch.hub.get_dir().') from error
+        raise Unusable(f'The weights of {name!r} cannot be loaded ({error}); fetch {url} '
+                       'into the folder checkpoints of torch.hub.get_dir().') from error
 
 # %% ../../../nbs/lab/models/10_imagenet.ipynb #5134b2af
 def _imagenet(name, pretrained, num_classes):
@@ -30,7 +32,8 @@ def _imagenet(name, pretrained, num_classes):
 
 def _file(name):
     @network(f"imagenet_{name.replace('_', '')}", smallest=32, channels=3)
-    def build(pretrained=False, num_classes=1000, image_shape=(3, 224, 224)): return _imagenet(name, pretrained, num_classes)
+    def build(pretrained=False, num_classes=1000, image_shape=(3, 224, 224)):
+        return _imagenet(name, pretrained, num_classes)
 
 
 for _name in ('resnet18', 'resnet34', 'resnet50', 'mobilenet_v2'): _file(_name)

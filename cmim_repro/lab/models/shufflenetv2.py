@@ -19,11 +19,13 @@ def shuffle(
     return x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
 
 # %% ../../../nbs/lab/models/09_shufflenetv2.ipynb #15e21abe
-def _depthwise(channels, stride): return conv_bn(channels, channels, 3, stride, groups=channels, bias=True, activation=None)
+def _depthwise(channels, stride):
+    return conv_bn(channels, channels, 3, stride, groups=channels, bias=True, activation=None)
 
 
 def _branch(inputs, outputs, stride):
-    return nn.Sequential(conv_bn(inputs, inputs, 1, bias=True), _depthwise(inputs, stride), conv_bn(inputs, outputs, 1, bias=True))
+    return nn.Sequential(conv_bn(inputs, inputs, 1, bias=True), _depthwise(inputs, stride),
+                         conv_bn(inputs, outputs, 1, bias=True))
 
 # %% ../../../nbs/lab/models/09_shufflenetv2.ipynb #6c2a0a53
 class Unit(nn.Module):
@@ -52,7 +54,8 @@ class Reduction(nn.Module):
     def forward(self, x): return shuffle(self.branches(x))
 
 # %% ../../../nbs/lab/models/09_shufflenetv2.ipynb #1fd1d061
-def _stage(inputs, outputs, repeats): return nn.Sequential(Reduction(inputs, outputs), *(Unit(outputs) for _ in range(repeats)))
+def _stage(inputs, outputs, repeats):
+    return nn.Sequential(Reduction(inputs, outputs), *(Unit(outputs) for _ in range(repeats)))
 
 
 @network('shufflenetv2')

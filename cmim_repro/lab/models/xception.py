@@ -18,7 +18,8 @@ def separable(
     after=False, # Is there a ReLU at the end?
 ):
     "Depthwise and pointwise convolution without an activation between them, batch normalisation."
-    layers = [nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False), nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
+    layers = [nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs, bias=False),
+              nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
     return nn.Sequential(*([nn.ReLU()] if before else []), *layers, *([nn.ReLU()] if after else []))
 
 # %% ../../../nbs/lab/models/07_xception.ipynb #6a4474a9
@@ -43,5 +44,6 @@ def xception(
         entry3=_reduce(256, 728, 728, 1),
         middle=nn.Sequential(*(_middle(728) for _ in range(8))),
         exit=_reduce(728, 728, 1024, 2),
-        last=nn.Sequential(separable(1024, 1536, before=False, after=True), separable(1536, 2048, before=False, after=True)),
+        last=nn.Sequential(separable(1024, 1536, before=False, after=True),
+                           separable(1536, 2048, before=False, after=True)),
         head=average_head(2048, num_classes))
