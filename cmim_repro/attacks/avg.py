@@ -30,9 +30,10 @@ AVERAGES, ZERO = ['probabilities', 'logits'], -1e3
 
 
 @attack.register('avg', paper={'*': {'weight': .9, 'temperature': 4.}, 'imagenet': {'temperature': 1.}}, variants={
-    'authors': {'reduction': 'elemmean'}, 'paper': {}, 'official': {'average': 'logits', 'temperature': 20., 'weight': .81}})
+    'authors': {'reduction': 'elemmean'}, 'paper': {},
+    'official': {'average': 'logits', 'temperature': 20., 'weight': .81}})
 class AVG(Loss):
-    "Averaged answers (Keser and Toreyin, 2023): ce_weight CE + weight T^2 KL(mean of the class in the batch || student)."
+    "Averaged answers (Keser and Toreyin, 2023): ce_weight CE + weight T^2 KL(mean of the class || student)."
     needs_teacher = True
 
     def __init__(self,

@@ -39,7 +39,8 @@ class DIST(Loss):
         ce_weight: float=1., # Of the cross-entropy
     ):
         super().__init__()
-        check_soft(temperature, inter_weight=inter_weight, intra_weight=intra_weight, weight=weight, ce_weight=ce_weight)
+        check_soft(temperature, inter_weight=inter_weight, intra_weight=intra_weight, weight=weight,
+                   ce_weight=ce_weight)
         self.inter_weight, self.intra_weight = inter_weight, intra_weight
         self.weight, self.ce_weight, self.temperature = weight, ce_weight, float(temperature)
 

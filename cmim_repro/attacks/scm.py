@@ -17,7 +17,8 @@ def mixture(
     answers, # Log-probabilities of several models, each (B, C)
 )->torch.Tensor:
     "Log-probabilities of the mean of the models' distributions, (B, C)."
-    if not len(answers): raise Invalid('The mixture has no models; it must be given at least one (B, C) tensor of log-probabilities.')
+    if not len(answers):
+        raise Invalid('The mixture has no models; it must be given at least one (B, C) tensor of log-probabilities.')
     stacked = torch.stack(list(answers)).exp()
     return stacked.mean(0).log()
 

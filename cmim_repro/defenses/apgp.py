@@ -40,7 +40,7 @@ class Generator(nn.Module):
 # %% ../../nbs/defenses/10_apgp.ipynb #00b0062e
 @objective.register('apgp', variants={'authors': {}, 'paper': {}})
 class GeneratorLoss(Loss):
-    "Cross-entropy minus a weighted divergence from the victim, in nats; trains the generator of APGP, not a classifier."
+    "Cross-entropy minus a weighted divergence from the victim, in nats; it trains the generator of APGP."
     needs_teacher = True
 
     def __init__(self,

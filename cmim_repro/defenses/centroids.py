@@ -111,8 +111,8 @@ def _check_room(need, device, limit):
     free = _free_bytes(device) if limit is None else limit
     room = '' if free is None else f', {free/1e6:,.0f} MB {"free" if limit is None else "allowed"}'
     if free is not None and need > free:
-        raise Invalid(f"The memory bank needs {need/1e6:,.0f} MB on {device}{room}; use centroids='batch' or 'resample', "
-                      'fewer classes or a larger device.')
+        raise Invalid(f"The memory bank needs {need/1e6:,.0f} MB on {device}{room}; "
+                      "use centroids='batch' or 'resample', fewer classes or a larger device.")
     if need >= 1e6: print(f'CMIM memory bank: {need/1e6:,.1f} MB on {device}{room}')
 
 # %% ../../nbs/defenses/05_centroids.ipynb #c028943f
@@ -121,6 +121,12 @@ def _last_occurrence(indices):
     places = torch.arange(len(indices), device=indices.device)
     last = torch.where(indices[:, None] == indices, places, -1).amax(1)
     return last == places, last
+
+
+def _check_labels(labels):
+    if isinstance(labels, Tensor) and labels.ndim == 1 and len(labels) and not labels.is_floating_point(): return
+    found = tuple(labels.shape) if isinstance(labels, Tensor) else labels
+    raise Invalid(f'labels are {found!r}; the memory bank needs the class index of every training sample, (samples,).')
 
 # %% ../../nbs/defenses/05_centroids.ipynb #679c7cf3
 class MemoryBank(CentroidBank):
@@ -159,16 +165,7 @@ class MemoryBank(CentroidBank):
             _add(self, self.labels[part], lambda powers, stored=self.log_probs[part]: _probs(stored, powers))
         sum_over_processes(self.sums)
 
-
-def _check_labels(labels):
-    if isinstance(labels, Tensor) and labels.ndim == 1 and len(labels) and not labels.is_floating_point(): return
-    found = tuple(labels.shape) if isinstance(labels, Tensor) else labels
-    raise Invalid(f'labels are {found!r}; the memory bank needs the class index of every training sample, (samples,).')
-
 # %% ../../nbs/defenses/05_centroids.ipynb #69a8c8ab
-GROUP = 256 # images a forward pass
-
-
 class ResampleBank(CentroidBank):
     "Centroids of |B_y| training samples of each class, drawn afresh (eq. 29)."
     def __init__(self,
@@ -206,6 +203,9 @@ class ResampleBank(CentroidBank):
         if batch.step % self.every == 0: self.replace(_fresh_outputs(self, forward, data, batch))
 
 # %% ../../nbs/defenses/05_centroids.ipynb #e14d2b00
+GROUP = 256 # images a forward pass
+
+
 def _fresh_outputs(bank, forward, data, batch):
     "This process's share of the groups of images, as (log_probs, labels)."
     key = (bank.seed, 'centroids', batch.epoch, batch.step)
@@ -232,7 +232,7 @@ def centroid_bank(
     check_choice('kind of centroids', kind, ('memory', 'resample', 'batch'))
     if kind == 'batch': return BatchBank(num_classes, count)
     if labels is None:
-        raise Invalid(f"train_labels are missing; cmim with centroids={kind!r} needs the class of every training sample "
-                      "(centroids='batch' does not).")
+        raise Invalid(f"train_labels are missing; cmim with centroids={kind!r} needs the class of every "
+                      "training sample (centroids='batch' does not).")
     if kind == 'memory': return MemoryBank(labels, num_classes, count)
     return ResampleBank(labels, num_classes, count, per_class, every, seed)

@@ -15,7 +15,8 @@ from ..lab.losses import REDUCTIONS, Loss, mean_of_rows
 from ..theory.distributions import kl, power_transform
 
 # %% ../../nbs/defenses/03_nt.ipynb #6356f4fd
-PAPER = {('cifar100', 'resnet50'): {'weight': .01}, ('cifar100', 'vgg16'): {'weight': .005}, 'tinyimagenet': {'weight': .001}}
+PAPER = {('cifar100', 'resnet50'): {'weight': .01}, ('cifar100', 'vgg16'): {'weight': .005},
+         'tinyimagenet': {'weight': .001}}
 DIRECTIONS = ['nasty_to_normal', 'normal_to_nasty']
 
 # %% ../../nbs/defenses/03_nt.ipynb #fe46c2b7

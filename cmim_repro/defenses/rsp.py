@@ -39,7 +39,8 @@ class ReverseSigmoid(nn.Module):
         baseline='half', # Subtracted from the sigmoid: one half, or `batch_minimum` (see above)
     ):
         super().__init__()
-        self.magnitude, self.steepness = check_number('magnitude', magnitude, 0), check_number('steepness', steepness, 0)
+        self.magnitude = check_number('magnitude', magnitude, 0)
+        self.steepness = check_number('steepness', steepness, 0)
         self.baseline = check_choice('baseline', baseline, ['half', 'batch_minimum'])
 
     def forward(self,

@@ -36,5 +36,6 @@ class StingyTeacher(nn.Module):
         check_batch(log_probs, what='log-probabilities')
         log_probs = full_precision(log_probs)
         order = log_probs.sort(dim=-1, descending=True, stable=True).indices
-        dropped = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, order[:, self.kept(log_probs.shape[1]):], True)
+        rest = order[:, self.kept(log_probs.shape[1]):]
+        dropped = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, rest, True)
         return log_probs.masked_fill(dropped, -torch.inf).log_softmax(-1)

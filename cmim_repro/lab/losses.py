@@ -36,7 +36,8 @@ class Loss(nn.Module):
         "The loss, a scalar in nats."
         check_batch(logits, labels)
         if self.needs_labels and labels is None:
-            raise Invalid(f'{type(self).__name__} has no labels; it must be given whole numbers of shape ({len(logits)},).')
+            raise Invalid(f'{type(self).__name__} has no labels; '
+                          f'it must be given whole numbers of shape ({len(logits)},).')
         logits = full_precision(logits)
         answers = self._answers(logits, teacher_log_probs) if self.needs_teacher else None
         with torch.autocast(logits.device.type, enabled=False): return self.loss(logits, answers, labels, epoch)
@@ -44,9 +45,11 @@ class Loss(nn.Module):
     def _answers(self, logits, teacher_log_probs):
         name, expected = type(self).__name__, tuple(logits.shape)
         if teacher_log_probs is None:
-            raise Invalid(f"{name} has no teacher_log_probs; it must be given another network's answers, shape {expected}.")
+            raise Invalid(f'{name} has no teacher_log_probs; '
+                          f"it must be given another network's answers, shape {expected}.")
         if teacher_log_probs.shape == logits.shape: return teacher_log_probs.detach().to(logits.dtype)
-        raise Invalid(f'teacher_log_probs have shape {tuple(teacher_log_probs.shape)}; it must be that of logits, {expected}.')
+        found = tuple(teacher_log_probs.shape)
+        raise Invalid(f'teacher_log_probs have shape {found}; it must be that of logits, {expected}.')
 
 # %% ../../nbs/lab/02_losses.ipynb #1d650d59
 REDUCTIONS = ['batchmean', 'elemmean']

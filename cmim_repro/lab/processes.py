@@ -107,7 +107,7 @@ def gather_over_processes(
     *tensors: Tensor, # Tensors with the same number of rows; this number may differ from process to process
     sizes: tuple=(), # Rows that each process has; asked for when empty
 )->tuple:
-    "The rows of all processes, in the order of the processes, without gradient; the tensors themselves in a single one."
+    "The rows of all processes in their order, without gradient; the tensors themselves in a single process."
     if processes() == 1: return tensors
     sizes = sizes or _asked_sizes(tensors[0])
     return tuple(_gather(t, sizes) for t in tensors)

@@ -50,7 +50,8 @@ class Recipe:
         check_number('lr', self.lr, 0, open_low=True)
         check_number('momentum', self.momentum, 0, 1, open_high=True)
         for name in ('weight_decay', 'warmup_epochs'): check_number(name, getattr(self, name), 0)
-        if not isinstance(self.nesterov, bool): raise Invalid(f'nesterov is {self.nesterov!r}; it must be True or False.')
+        if not isinstance(self.nesterov, bool):
+            raise Invalid(f'nesterov is {self.nesterov!r}; it must be True or False.')
         if self.nesterov and not self.momentum: raise Invalid('nesterov is True; it needs a momentum above 0.')
         check_number('gamma', self.gamma, 0, 1, open_low=True)
         check_number('step_epochs', self.step_epochs, 1, integer=True)
@@ -161,7 +162,7 @@ class Progress:
         self.done = batch.step + 1
 
     def finish_epoch(self, metrics):
-        "Read the sums and note the epoch's line, or find that the run has diverged; `metrics` has a dictionary a split."
+        "Read the sums and note the epoch's line, or find that the run has diverged; `metrics`: split to values."
         loss, hits, seen = self.sums.tolist()
         if not math.isfinite(loss):
             self.diverged = (f'{self.name}: the loss is not finite in epoch {self.epoch + 1} of {self.recipe.epochs}; '
@@ -193,6 +194,8 @@ class Trainee:
         self.compiled = torch.compile(self.model) if settings.compile else self.model
         self.trained = parallel(self.compiled, device)
         return self
+
+    def optimizers(self): return [o for o in (self.optimizer, self.own_optimizer) if o]
 
     def logits(self, images, answers, network=None):
         "Logits (B, C) in float32; the graph is kept. `network` may be the model with its gradients averaged."
@@ -232,10 +235,9 @@ class Learner(Trainee, Progress):
     def step(self, batch, data, steps):
         "One step of optimisation, of `steps` in an epoch."
         self.model.train()
-        for group in self.optimizer.param_groups:
-            group['lr'] = learning_rate(self.recipe, batch.epoch + batch.step/steps)
+        rate, optimizers = learning_rate(self.recipe, batch.epoch + batch.step/steps), self.optimizers()
+        for group in self.optimizer.param_groups: group['lr'] = rate
         self.objective.before_step(self.log_probs, data, batch)
-        optimizers = [o for o in (self.optimizer, self.own_optimizer) if o]
         for optimizer in optimizers: optimizer.zero_grad(set_to_none=True)
         loss, logits = self.backward(batch)
         if processes() > 1: agree(self)
@@ -422,7 +424,8 @@ def train(
     on_epoch=None, # Called as on_epoch(learner) whenever a learner has finished an epoch
 ):
     "Train all learners to the end of their recipe, each from its checkpoint if it has one."
-    [(epochs, _, augment)] = {(r.epochs, r.batch_size, r.augment) for r in (learner.recipe for learner in learners)}
+    recipes = [learner.recipe for learner in learners]
+    [(epochs, _, augment)] = {(recipe.epochs, recipe.batch_size, recipe.augment) for recipe in recipes}
     device = settings.resolve()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
     checkpoints = [Checkpoint(learner.place(device, settings)) for learner in learners]
