@@ -46,7 +46,8 @@ def noise(*shape, seed=0): return torch.randint(256, shape, dtype=torch.uint8, g
 
 def drawn(device='cpu', count=70):
     "A data set of noise with every kind of augmentation."
-    facts = Facts('noise', [f'class {i}' for i in range(5)], (.4, .5, .6), (.2, .3, .25), (Rotation(20), Crop(3, 'edge'), Crop(2), Flip()))
+    facts = Facts('noise', [f'class {i}' for i in range(5)], (.4, .5, .6), (.2, .3, .25),
+                  (Rotation(20), Crop(3, 'edge'), Crop(2), Flip()))
     return TensorDataSet(facts, {'train': noise(count, 3, 20, 16), 'test': noise(11, 3, 20, 16, seed=1)},
                          {'train': torch.arange(count) % 5, 'test': torch.arange(11) % 5}, device)
 
@@ -54,11 +55,13 @@ def drawn(device='cpu', count=70):
 # ---- augmentation
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5), st.sampled_from([1, 3]), st.integers(2, 12), st.integers(2, 12), st.integers(0, 5), st.sampled_from(['constant', 'edge']))
+@given(st.integers(1, 5), st.sampled_from([1, 3]), st.integers(2, 12), st.integers(2, 12), st.integers(0, 5),
+       st.sampled_from(['constant', 'edge']))
 def test_crop_is_torchvisions(count, channels, height, width, padding, mode):
     images = noise(count, channels, height, width)
     offsets = Crop(padding).draw(count, keyed_generator(count, height, width))
-    plain = [TF.crop(TF.pad(image, padding, padding_mode=mode), int(y), int(x), height, width) for image, (y, x) in zip(images, offsets, strict=True)]
+    plain = [TF.crop(TF.pad(image, padding, padding_mode=mode), int(y), int(x), height, width)
+             for image, (y, x) in zip(images, offsets, strict=True)]
     assert torch.equal(random_crop(images, padding, offsets, mode), torch.stack(plain))
 
 
@@ -83,7 +86,8 @@ def test_crop_offsets_cover_their_range_evenly():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 def test_cuda_batches_are_the_cpus():
-    here, there = (list(drawn(device).batches('train', 16, augment='standard', shuffle=True, seed=3)) for device in ('cpu', 'cuda'))
+    here, there = (list(drawn(device).batches('train', 16, augment='standard', shuffle=True, seed=3))
+                   for device in ('cpu', 'cuda'))
     for a, b in zip(here, there, strict=True):
         assert b[0].is_cuda and torch.equal(a[1], b[1].cpu()) and torch.equal(a[2], b[2].cpu())
         assert (a[0] - b[0].cpu()).abs().gt(1e-5).float().mean() < 1e-3 # cosines differ in the last bit; a tie may fall the other way
@@ -121,13 +125,15 @@ def test_processes_share_one_stream(world):
 def test_a_broken_off_epoch_goes_on_from_any_step(augment, shuffle, rank, world):
     options = {'augment': augment, 'shuffle': shuffle, 'seed': 4, 'epoch': 7, 'rank': rank, 'world': world}
     whole = list(drawn().batches('train', 16, **options))
-    for start in range(len(whole) + 1): same_batches(drawn().batches('train', 16, start=start, **options), whole[start:])
+    for start in range(len(whole) + 1):
+        same_batches(drawn().batches('train', 16, start=start, **options), whole[start:])
 
 
 def same_batches(found, expected):
     found = list(found)
     assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True): assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_batches_leave_the_global_generator_alone():
@@ -171,7 +177,8 @@ def test_bad_requests_are_one_sentence(call, message):
     (noise(4, 3, 8, 8), torch.tensor([0, -1, 1, 1]), 'labels run from -1 to 1'),
 ])
 def test_images_and_labels_must_fit(images, labels, message):
-    with pytest.raises(Invalid, match=message): TensorDataSet(Facts('bad', ['a', 'b'], (.5,) * 3, (.5,) * 3), {'train': images}, {'train': labels})
+    with pytest.raises(Invalid, match=message):
+        TensorDataSet(Facts('bad', ['a', 'b'], (.5,) * 3, (.5,) * 3), {'train': images}, {'train': labels})
 
 
 # ---- splits
@@ -189,7 +196,8 @@ def test_splits_are_stratified_and_disjoint(classes, each, held_out, seed):
 
 def test_held_out_does_not_depend_on_the_other_classes():
     few, many = (dataset('digits', classes=c, held_out=.1) for c in (['three', 'eight'], None))
-    pictures = lambda data, label: {bytes(x) for x in data._images['held_out'][data.labels('held_out') == label].flatten(1).numpy()}
+    pictures = lambda data, label: {bytes(x)
+                                    for x in data._images['held_out'][data.labels('held_out') == label].flatten(1).numpy()}
     assert pictures(few, 0) == pictures(many, 3) and pictures(few, 1) == pictures(many, 8)
 
 
@@ -202,11 +210,13 @@ class Calls:
 
 
 @pytest.mark.parametrize('function,arguments,name', [
-    (os.system, ('true',), 'posix.system'), (eval, ('1',), 'eval'), (getattr, (1, 'real'), 'getattr'), (Path, ('/',), 'Path'),
+    (os.system, ('true',), 'posix.system'), (eval, ('1',), 'eval'), (getattr, (1, 'real'), 'getattr'),
+                                                     (Path, ('/',), 'Path'),
     (np.load, ('x.npy',), 'numpy.load'), (torch.load, ('x.pt',), 'load'), (bytearray, (3,), 'bytearray')])
 @pytest.mark.parametrize('protocol', [0, 2, 4, 5])
 def test_a_pickle_runs_nothing(function, arguments, name, protocol):
-    with pytest.raises(Unusable) as refusal: read_pickle('train', pickle.dumps({'data': Calls(function, *arguments)}, protocol))
+    with pytest.raises(Unusable) as refusal:
+        read_pickle('train', pickle.dumps({'data': Calls(function, *arguments)}, protocol))
     assert name in str(refusal.value) and 'was not run' in str(refusal.value) and '\n' not in str(refusal.value)
 
 
@@ -220,7 +230,8 @@ def test_any_bytes_are_read_or_refused(content):
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_damaged_pickle_is_read_or_refused(data):
-    content = bytearray(pickle.dumps({'data': np.arange(24, dtype=np.uint8).reshape(2, 12), 'fine_labels': [1, 2]}, data.draw(st.sampled_from([2, 4, 5]))))
+    content = bytearray(pickle.dumps({'data': np.arange(24, dtype=np.uint8).reshape(2, 12), 'fine_labels': [1, 2]},
+                                     data.draw(st.sampled_from([2, 4, 5]))))
     content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     try: record = read_pickle('train', bytes(content))
     except Unusable as refusal: assert str(refusal).startswith('train ')
@@ -234,7 +245,8 @@ def cifar(tmp_path):
     folder.mkdir()
     labels = [i % 100 for i in range(200)]
     for part in ('train', 'test'):
-        record = {'data': noise(200, 3072).numpy(), 'fine_labels': labels, 'coarse_labels': [i // 5 for i in labels], 'filenames': ['x.png'] * 200}
+        record = {'data': noise(200, 3072).numpy(), 'fine_labels': labels, 'coarse_labels': [i // 5 for i in labels],
+                  'filenames': ['x.png'] * 200}
         (folder / part).write_bytes(pickle.dumps(record, 4))
     meta = {'fine_label_names': [f'f{i}' for i in range(100)], 'coarse_label_names': [f'c{i}' for i in range(20)]}
     (folder / 'meta').write_bytes(pickle.dumps(meta, 2))
@@ -277,7 +289,8 @@ def server(tmp_path):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_): asked.append(self.path)
 
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(tmp_path / 'site'))) as running:
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0),
+                                         functools.partial(Quiet, directory=str(tmp_path / 'site'))) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
         total = hashlib.md5((tmp_path / 'site' / 'a.tar').read_bytes()).hexdigest()
         yield f'http://127.0.0.1:{running.server_address[1]}/a.tar', total, asked
@@ -287,14 +300,16 @@ def server(tmp_path):
 def test_several_processes_fetch_once(server, tmp_path):
     url, total, asked = server
     target = tmp_path / 'new'
-    threads = [threading.Thread(target=fetch, args=(url, 'a.tar', total, target, (target / 'inside.txt').exists)) for _ in range(4)]
+    threads = [threading.Thread(target=fetch, args=(url, 'a.tar', total, target, (target / 'inside.txt').exists))
+               for _ in range(4)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
     assert (target / 'inside.txt').read_text() == 'here' and len(asked) <= 2 # torchvision may ask for redirections first
 
 
 def test_an_archive_with_another_sum_is_not_unpacked(server, tmp_path):
-    with pytest.raises(Unusable, match='a.tar could not be fetched'): fetch(server[0], 'a.tar', '0' * 32, tmp_path / 'new', lambda: False)
+    with pytest.raises(Unusable, match='a.tar could not be fetched'):
+        fetch(server[0], 'a.tar', '0' * 32, tmp_path / 'new', lambda: False)
     assert not (tmp_path / 'new' / 'inside.txt').exists()
 
 
@@ -307,13 +322,16 @@ def tree(tmp_path):
     for part in ('train', 'val'):
         for wnid in ('n01', 'n02'):
             (tmp_path / part / wnid).mkdir(parents=True)
-            for i in range(20): Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(tmp_path / part / wnid / f'{i:02}.JPEG')
+            for i in range(20):
+                Image.fromarray(rng.integers(0, 256, (40, 50, 3),
+                                             dtype=np.uint8)).save(tmp_path / part / wnid / f'{i:02}.JPEG')
     return tmp_path
 
 
 def test_streamed_images_do_not_depend_on_workers(tree):
     before = torch.get_rng_state()
-    streams = [list(dataset('imagenet', root=tree, image_size=32, workers=workers).batches('train', 18, augment='standard', shuffle=True))
+    streams = [list(dataset('imagenet', root=tree, image_size=32,
+                            workers=workers).batches('train', 18, augment='standard', shuffle=True))
                for workers in (0, 1, 2)]
     assert torch.equal(before, torch.get_rng_state()) and len(streams[0]) == 3
     for other in streams[1:]: same_batches(other, streams[0])
@@ -330,14 +348,16 @@ def test_a_broken_off_epoch_of_streamed_images_goes_on_from_any_step(tree, worke
 
 def test_images_of_steps_that_are_skipped_are_not_read(tree):
     data = dataset('imagenet', root=tree, image_size=16, workers=0)
-    for i in range(20): (tree / 'train' / 'n01' / f'{i:02}.JPEG').unlink() # the first half of an epoch that is not shuffled
+    for i in range(20):
+        (tree / 'train' / 'n01' / f'{i:02}.JPEG').unlink() # the first half of an epoch that is not shuffled
     assert len(list(data.batches('train', 10, start=2))) == 2
     with pytest.raises(Unusable, match='00.JPEG is missing'): next(data.batches('train', 10))
 
 
 def flatten(tree):
     "The validation images as the published archive has them: all in one folder."
-    for image in sorted((tree / 'val').rglob('*.JPEG')): image.rename(tree / 'val' / f'{image.parent.name}_{image.name}')
+    for image in sorted((tree / 'val').rglob('*.JPEG')):
+        image.rename(tree / 'val' / f'{image.parent.name}_{image.name}')
     for folder in filter(Path.is_dir, list((tree / 'val').iterdir())): folder.rmdir()
 
 
@@ -369,7 +389,8 @@ def change(tree, what):
     return f'{tree} has no folder val'
 
 
-DAMAGE = ['truncated in train', 'truncated in val', 'text', 'no bytes', 'empty class folder', 'class missing in val', 'class missing in train', 'flat val', 'no val']
+DAMAGE = ['truncated in train', 'truncated in val', 'text', 'no bytes', 'empty class folder', 'class missing in val',
+          'class missing in train', 'flat val', 'no val']
 
 
 @pytest.mark.parametrize('what', DAMAGE)
@@ -394,7 +415,8 @@ def killed_at(place, made=_Files.__getitem__):
 def test_a_worker_that_dies_is_one_sentence(tree, monkeypatch):
     monkeypatch.setattr(_Files, '__getitem__', killed_at(25))
     data = dataset('imagenet', root=tree, image_size=16, workers=2)
-    with pytest.raises(Unusable, match='A process that reads images for this one was ended from outside') as refusal: list(data.batches('train', 10))
+    with pytest.raises(Unusable, match='A process that reads images for this one was ended from outside') as refusal:
+        list(data.batches('train', 10))
     assert '\n' not in str(refusal.value)
 
 
@@ -402,13 +424,15 @@ def test_an_error_inside_a_worker_is_not_taken_for_its_death(tree, monkeypatch):
     for kind in (RuntimeError, FileNotFoundError):
         def fail(self, i, kind=kind): raise kind('a mistake of our own')
         monkeypatch.setattr(_Files, '__getitem__', fail)
-        with pytest.raises(kind, match='a mistake of our own'): list(dataset('imagenet', root=tree, image_size=16, workers=2).batches('train', 10))
+        with pytest.raises(kind, match='a mistake of our own'):
+            list(dataset('imagenet', root=tree, image_size=16, workers=2).batches('train', 10))
 
 
 def test_a_file_that_may_not_be_read_is_named(tree, monkeypatch):
     def refuse(path, *_): raise PermissionError(13, 'Permission denied', str(path))
     monkeypatch.setattr('PIL.Image.open', refuse)
-    with pytest.raises(Unusable, match='00.JPEG is not a readable image .*Permission denied'): next(dataset('imagenet', root=tree, workers=0).batches('train', 10))
+    with pytest.raises(Unusable, match='00.JPEG is not a readable image .*Permission denied'):
+        next(dataset('imagenet', root=tree, workers=0).batches('train', 10))
 
 
 # ---- TinyImageNet's layout
@@ -441,9 +465,12 @@ def test_grey_images_have_three_equal_channels(tiny):
 
 
 @pytest.mark.parametrize('damage, words', [
-    (lambda f: (f / 'val' / 'val_annotations.txt').unlink(), 'val_annotations.txt cannot be read (No such file or directory)'),
-    (lambda f: (f / 'val' / 'images' / 'val_n02_1.JPEG').write_bytes(b'text'), 'val_n02_1.JPEG is not a readable image (of no known kind)'),
-    (lambda f: (p := f / 'val' / 'images' / 'val_n02_1.JPEG').write_bytes(p.read_bytes()[:300]), 'val_n02_1.JPEG is not a readable image'),
+    (lambda f: (f / 'val' / 'val_annotations.txt').unlink(), 'val_annotations.txt cannot be read (No such file or '
+                                                             'directory)'),
+    (lambda f: (f / 'val' / 'images' / 'val_n02_1.JPEG').write_bytes(b'text'), 'val_n02_1.JPEG is not a readable '
+                                                                               'image (of no known kind)'),
+    (lambda f: (p := f / 'val' / 'images' / 'val_n02_1.JPEG').write_bytes(p.read_bytes()[:300]), 'val_n02_1.JPEG is '
+                                                                                                 'not a readable image'),
     (lambda f: (p := f / 'train' / 'n01' / 'images' / 'n01_2.JPEG').write_bytes(p.read_bytes()[:300]), 'n01_2.JPEG is not a readable image'),
     (lambda f: [p.unlink() for p in (f / 'train' / 'n02' / 'images').iterdir()], 'n02/images holds no JPEG or PNG images'),
     (lambda f: (f / 'train' / 'n02').rename(f / 'train' / 'n03'), "the class folders of train must be those of wnids.txt"),
@@ -467,11 +494,13 @@ def test_augmented_draws_for_the_whole_batch():
 @real
 def test_real_cifar100():
     data = dataset('cifar100', root=REAL, allow_unverified=True)
-    assert [data.size('train'), data.size('test')] == [50_000, 10_000] and data.labels('train').bincount().tolist() == [500] * 100
+    assert [data.size('train'),
+            data.size('test')] == [50_000, 10_000] and data.labels('train').bincount().tolist() == [500] * 100
     pixels = data._images['train'].double() / 255
     assert torch.allclose(pixels.mean((0, 2, 3)), torch.tensor(data.mean).double(), atol=1e-6)
     assert torch.allclose(pixels.std((0, 2, 3)), torch.tensor(data.std).double(), atol=1e-5)
-    groups = {data.superclass_names[g]: [n for n, h in zip(data.class_names, data.superclasses, strict=True) if h == g] for g in range(20)}
+    groups = {data.superclass_names[g]: [n for n, h in zip(data.class_names, data.superclasses, strict=True) if h == g]
+              for g in range(20)}
     assert groups['aquatic_mammals'] == ['beaver', 'dolphin', 'otter', 'seal', 'whale']
 
 

@@ -4,14 +4,24 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 
 from cmim_repro.core import Invalid, Unusable
 from cmim_repro.experiments.execution import execute
-from cmim_repro.experiments.executors import compute, execute_on_dask, local_client, read_executor, slurm_cluster, torchrun_command, worker_options
 from cmim_repro.experiments.runs import Plan, make_run
 from cmim_repro.experiments.store import Store
+from cmim_repro.experiments.workers import (
+    compute,
+    execute_on_dask,
+    local_client,
+    read_executor,
+    run_children,
+    slurm_cluster,
+    torchrun_command,
+    worker_options,
+)
 from cmim_repro.lab.training import Recipe, Settings
 
 CPU = Settings(device='cpu', checkpoint_seconds=0)
@@ -19,12 +29,14 @@ EPOCHS = 8
 COMMON = {'recipe': Recipe(epochs=EPOCHS, batch_size=32, lr=.05, schedule='cosine'), 'data_options': {'per_class': 40}}
 TEACHERS = [make_run('digits', 'cnn_small', method, **COMMON) for method in ('cmim', 'ce')]
 RELEASED = make_run('digits', 'cnn_small', 'st', teacher=TEACHERS[1], **COMMON)
-PLAN = Plan.of([make_run('digits', 'cnn_tiny', method, teacher=teacher, **COMMON) for method, teacher in (('kd', TEACHERS[0]), ('mkd', TEACHERS[0]), ('kd', RELEASED))])
+PLAN = Plan.of([make_run('digits', 'cnn_tiny', method, teacher=teacher, **COMMON)
+                for method, teacher in (('kd', TEACHERS[0]), ('mkd', TEACHERS[0]), ('kd', RELEASED))])
 
 
 def finished_files(store, run):
     names = ('metrics.jsonl', 'weights.safetensors', *(['log_probs.safetensors'] if run.kind != 'attack' else []))
-    return {name: (store.folder(run)/name).read_bytes() for name in names if run.kind != 'release' or name == 'log_probs.safetensors'}
+    return {name: (store.folder(run)/name).read_bytes() for name in names if run.kind != 'release'
+            or name == 'log_probs.safetensors'}
 
 
 @pytest.fixture(scope='module')
@@ -43,23 +55,42 @@ def test_a_cluster_gives_the_same_bytes(undisturbed, client, tmp_path):
     store, seen = Store(tmp_path), []
     assert execute_on_dask(PLAN, store, client, CPU, progress=lambda *said: seen.append(said), limit=2, pause=.2) == []
     for run in PLAN.runs: assert finished_files(store, run) == undisturbed[run.id], run.name
-    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen) and seen[-1] == (len(PLAN.runs), len(PLAN.runs), 'done')
+    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen) and seen[-1] == (len(PLAN.runs),
+                                                                                                 len(PLAN.runs), 'done')
     assert seen[0][2].endswith('2 workers')
 
 
 def test_a_worker_killed_in_the_middle_is_survived(undisturbed, client, tmp_path):
-    store, killed = Store(tmp_path), []
-    student = next(run for run in PLAN.runs if run.kind == 'attack')
+    store, killed, until = Store(tmp_path/'store'), [], time.monotonic() + 300
+    student, gate = next(run for run in PLAN.runs if run.kind == 'attack'), tmp_path/'closed'
+
+    def hold(name, gate):
+        "On a worker: the run called `name` waits after its second epoch as long as the gate is there."
+        from cmim_repro.experiments import execution
+        train = execution.train
+
+        def gated(learners, data, seed, teacher, settings, after):
+            def wait(learner):
+                after(learner)
+                while learner.name == name and learner.epoch == 2 and os.path.exists(gate): time.sleep(.01)
+            train(learners, data, seed, teacher, settings, wait)
+        execution.train = gated
 
     def kill(*_):
-        if killed or store.finished(student) or len(store.metrics(student)) < 2: return
-        busy = {address for address, tasks in client.processing().items() if tasks}
-        for address, pid in client.run(os.getpid, workers=list(busy)).items():
+        if killed: return
+        seen = len(store.metrics(student))
+        assert time.monotonic() < until, f'{student.name} has {seen} epochs, and its worker was not killed'
+        if seen < 2: return
+        busy = [address for address, tasks in client.processing().items() if tasks]
+        for address, pid in client.run(os.getpid, workers=busy).items():
             killed.append((address, len(store.metrics(student))))
             os.kill(pid, signal.SIGKILL)
+        gate.unlink()
 
+    gate.touch()
+    client.run(hold, student.name, str(gate))
     assert execute_on_dask(PLAN, store, client, CPU, progress=kill, pause=.02) == []
-    assert killed and all(2 <= epochs < EPOCHS for _, epochs in killed)
+    assert killed and all(epochs == 2 for _, epochs in killed), killed
     for run in PLAN.runs: assert finished_files(store, run) == undisturbed[run.id], run.name
 
 
@@ -79,10 +110,13 @@ def test_workers_may_read_images_by_processes_of_their_own(client):
 
 
 @pytest.mark.parametrize('executor, words', [
-    ('ray', "Unknown executor 'ray'; accepted: '' .this machine., dask"), ('torchrun:0', 'number of processes of torchrun is 0'),
-    ('tcp://127.0.0.1:9', 'Dask scheduler tcp://127.0.0.1:9 cannot be reached'), ('nowhere/scheduler.json', 'scheduler file nowhere/scheduler.json is not there')])
+    ('ray', "Unknown executor 'ray'; accepted: '' .this machine., dask"),
+                                             ('torchrun:0', 'number of processes of torchrun is 0'),
+    ('tcp://127.0.0.1:9', 'Dask scheduler tcp://127.0.0.1:9 cannot be reached'),
+                                             ('nowhere/scheduler.json', 'scheduler file nowhere/scheduler.json is not '
+                                                                        'there')])
 def test_unknown_executors_get_a_sentence(tmp_path, monkeypatch, executor, words):
-    monkeypatch.setattr('cmim_repro.experiments.executors.remote_client.__wrapped__.__defaults__', (1,))
+    monkeypatch.setattr('cmim_repro.experiments.workers.remote_client.__wrapped__.__defaults__', (1,))
     with pytest.raises(Invalid, match=words): compute(PLAN, Store(tmp_path), executor, settings=CPU)
     assert not list(tmp_path.glob('*/run.json'))
 
@@ -90,33 +124,40 @@ def test_unknown_executors_get_a_sentence(tmp_path, monkeypatch, executor, words
 def test_without_dask_there_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'distributed', None)
     for executor in ('dask', 'tcp://127.0.0.1:9'):
-        with pytest.raises(Unusable, match=r'not installed: pip install "dask\[distributed\]" dask-jobqueue'): compute(PLAN, Store(tmp_path), executor, settings=CPU)
+        with pytest.raises(Unusable, match=r'not installed: pip install "dask\[distributed\]" dask-jobqueue'):
+            compute(PLAN, Store(tmp_path), executor, settings=CPU)
 
 
 def test_nothing_of_the_package_needs_dask():
-    code = "import sys; sys.modules['distributed'] = sys.modules['dask'] = None; import cmim_repro.experiments.executors"
+    code = "import sys; sys.modules['distributed'] = sys.modules['dask'] = None; import cmim_repro.experiments.workers"
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_workers_get_a_gpu_each(monkeypatch):
     monkeypatch.setattr('torch.cuda.is_available', lambda: True)
     monkeypatch.setattr('torch.cuda.device_count', lambda: 4)
-    def visible(settings, workers=0): return [o['env'].get('CUDA_VISIBLE_DEVICES') for o in worker_options(workers, settings)]
+    def visible(settings, workers=0):
+        return [o['env'].get('CUDA_VISIBLE_DEVICES') for o in worker_options(workers, settings)]
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-    assert visible(Settings()) == ['0', '1', '2', '3'] and visible(Settings(device='cuda:2')) == ['2'] and visible(Settings(), 6) == ['0', '1', '2', '3', '0', '1']
+    assert visible(Settings()) == ['0', '1', '2',
+                                   '3'] and visible(Settings(device='cuda:2')) == ['2'] and visible(Settings(),
+                                                                                                    6) == ['0', '1', '2', '3', '0', '1']
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '5, 7')
-    assert visible(Settings()) == ['5', '7'] and all(o['resources'] == {'GPU': 1} and o['nthreads'] == 1 for o in worker_options(0, Settings()))
+    assert visible(Settings()) == ['5', '7'] and all(o['resources'] == {'GPU': 1} and o['nthreads'] == 1
+                                                     for o in worker_options(0, Settings()))
     assert all(o['env'].keys() == {'OMP_NUM_THREADS'} and not o['resources'] for o in worker_options(2, CPU))
 
 
-SLURM = {'cores': 8, 'memory': '16GB', 'queue': 'gpu', 'job-extra-directives': ['--gres=gpu:1'], 'worker-extra-args': ['--lifetime', '55m'],
+SLURM = {'cores': 8, 'memory': '16GB', 'queue': 'gpu', 'job-extra-directives': ['--gres=gpu:1'],
+         'worker-extra-args': ['--lifetime', '55m'],
          'job-script-prologue': ['module load python'], 'interface': None}
 
 
 def test_slurm_jobs_are_described_without_slurm():
     dask = pytest.importorskip('dask')
     pytest.importorskip('dask_jobqueue')
-    with dask.config.set({'jobqueue.slurm': {**dask.config.get('jobqueue.slurm', {}), **SLURM}}), slurm_cluster(scheduler_options={'dashboard_address': ':0'}) as cluster:
+    with dask.config.set({'jobqueue.slurm': {**dask.config.get('jobqueue.slurm', {}),
+                                             **SLURM}}), slurm_cluster(scheduler_options={'dashboard_address': ':0'}) as cluster:
         lines = cluster.job_script().splitlines()
     assert '#SBATCH --gres=gpu:1' in lines and '#SBATCH -p gpu' in lines and '#SBATCH --cpus-per-task=8' in lines
     [command] = [line for line in lines if 'dask_worker' in line]
@@ -127,9 +168,12 @@ def test_slurm_jobs_are_described_without_slurm():
 def test_slurm_without_its_options_or_its_command_gets_a_sentence(tmp_path, monkeypatch):
     dask = pytest.importorskip('dask')
     pytest.importorskip('dask_jobqueue') # its defaults are part of the configuration from now on
-    with dask.config.set({'jobqueue.slurm.cores': None}), pytest.raises(Invalid, match='write cores and memory below jobqueue, slurm'): slurm_cluster()
+    with dask.config.set({'jobqueue.slurm.cores': None}), pytest.raises(Invalid, match='write cores and memory below '
+                                                                                       'jobqueue, slurm'):
+        slurm_cluster()
     monkeypatch.setenv('PATH', str(tmp_path))
-    with pytest.raises(Unusable, match='needs the command sbatch'): compute(PLAN, Store(tmp_path/'store'), 'slurm', settings=CPU)
+    with pytest.raises(Unusable, match='needs the command sbatch'):
+        compute(PLAN, Store(tmp_path/'store'), 'slurm', settings=CPU)
 
 
 SBATCH = """#!/bin/sh
@@ -158,8 +202,40 @@ def test_a_queue_computes_the_plan(undisturbed, tmp_path, monkeypatch):
 
 
 def test_torchruns_command_passes_every_setting(tmp_path):
-    command = torchrun_command('plan.json', Store(tmp_path), 3, Settings(device='cpu', micro_batch=16, tf32=False), tmp_path, True)
-    assert command[1:9] == ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '3', '-m', 'cmim_repro.experiments.execution', 'plan.json']
-    pairs = dict(zip(command[9:-1:2], command[10::2], strict=False))
+    settings = Settings(device='cpu', micro_batch=16, tf32=False)
+    command = torchrun_command(3, 'plan.json', Store(tmp_path), settings, tmp_path, True)
+    assert command[:8] == ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '3',
+                           '-m', 'cmim_repro.experiments.execution', 'plan.json']
+    pairs = dict(zip(command[8:-1:2], command[9::2], strict=False))
     assert 'tf32=False, micro_batch=16' in pairs['--settings'] and pairs['--data-root'] == str(tmp_path) and command[-1] == '--allow-unverified'
     assert read_executor('torchrun:3') == ('torchrun', 3)
+
+
+def test_no_child_outlives_a_failure(tmp_path):
+    "One child fails when it sees that the other runs; the other would run for an hour."
+    code = """
+import os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+try: (folder/'first').touch(exist_ok=False)
+except FileExistsError:
+    while not (folder/'pid').exists() or not (folder/'pid').read_text(): time.sleep(.01)
+    sys.exit('error: the second child fails')
+(folder/'pid').write_text(str(os.getpid()))
+time.sleep(3600)
+"""
+    with pytest.raises(Unusable, match='^the second child fails$'):
+        run_children(['-c', code, str(tmp_path)], 2, tmp_path, lambda: None, pause=.05)
+    with pytest.raises(ProcessLookupError): os.kill(int((tmp_path/'pid').read_text()), 0)
+
+
+def test_no_child_outlives_an_interrupt(tmp_path):
+    code = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], str(os.getpid())).touch(); time.sleep(3600)"
+    children = tmp_path/'children'
+    children.mkdir()
+
+    def interrupt():
+        if len(list(children.iterdir())) == 2: raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt): run_children(['-c', code, str(children)], 2, tmp_path, interrupt, pause=.05)
+    for child in children.iterdir():
+        with pytest.raises(ProcessLookupError): os.kill(int(child.name), 0)

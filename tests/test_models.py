@@ -10,10 +10,13 @@ from cmim_repro.lab.models.core import count_parameters, describe, model, sketch
 
 COUNTS = {  # at 100 classes and three channels
     'vgg8': 3_965_028, 'vgg11': 28_518_244, 'vgg13': 28_703_140, 'vgg16': 34_015_396,
-    'resnet18': 11_220_132, 'resnet34': 21_328_292, 'resnet50': 23_705_252, 'resnet101': 42_697_380, 'resnet152': 58_341_028,
-    'squeezenet': 781_156, 'resnext50': 14_788_772, 'mobilenet': 3_315_428, 'mobilenetv2': 2_369_380, 'xception': 21_013_988,
+    'resnet18': 11_220_132, 'resnet34': 21_328_292, 'resnet50': 23_705_252, 'resnet101': 42_697_380,
+          'resnet152': 58_341_028,
+    'squeezenet': 781_156, 'resnext50': 14_788_772, 'mobilenet': 3_315_428, 'mobilenetv2': 2_369_380,
+          'xception': 21_013_988,
     'densenet121': 7_048_548, 'shufflenetv2': 1_360_896}
-TORCHVISION = {'imagenet_resnet18': 'resnet18', 'imagenet_resnet34': 'resnet34', 'imagenet_resnet50': 'resnet50', 'imagenet_mobilenetv2': 'mobilenet_v2'}
+TORCHVISION = {'imagenet_resnet18': 'resnet18', 'imagenet_resnet34': 'resnet34', 'imagenet_resnet50': 'resnet50',
+               'imagenet_mobilenetv2': 'mobilenet_v2'}
 SMALL = ('cnn_tiny', 'cnn_small', 'cnn_medium', 'resnet8', 'resnet14', 'resnet20')
 VGG = ('vgg11', 'vgg13', 'vgg16')
 NAMES = (*SMALL, *COUNTS, *TORCHVISION)
@@ -48,8 +51,10 @@ def test_parameter_counts_at_100_classes(name): assert count_parameters(sketch(n
 
 
 @pytest.mark.parametrize('name, count', [
-    ('resnet18', 11_271_432), ('resnet34', 21_379_592), ('resnet50', 23_910_152), ('shufflenetv2', 1_463_396), ('vgg8', 4_016_328)])
-def test_parameter_counts_for_tinyimagenet(name, count): assert count_parameters(sketch(name, num_classes=200, image_shape=(3, 64, 64))) == count
+    ('resnet18', 11_271_432), ('resnet34', 21_379_592), ('resnet50', 23_910_152), ('shufflenetv2', 1_463_396),
+                                         ('vgg8', 4_016_328)])
+def test_parameter_counts_for_tinyimagenet(name, count):
+    assert count_parameters(sketch(name, num_classes=200, image_shape=(3, 64, 64))) == count
 
 
 @pytest.mark.parametrize('name', TORCHVISION)
@@ -74,16 +79,19 @@ def test_other_image_shapes(name, shape):
 @pytest.mark.parametrize('name', VGG)
 def test_vgg_refuses_what_its_first_linear_layer_cannot_take(name):
     for side in (31, 64):
-        with pytest.raises(Invalid, match=rf"image_shape is \(3, {side}, {side}\); network '{name}' takes .* of 32 to 63 pixels a side"):
+        with pytest.raises(Invalid, match=rf"image_shape is \(3, {side}, {side}\); network '{name}' takes .* of 32 to "
+                                          r"63 pixels a side"):
             model(name, image_shape=(3, side, side))
-    for side in (32, 63): assert sketch(name, image_shape=(1, side, side))(torch.zeros(2, 1, side, side, device='meta')).shape == (2, 100)
+    for side in (32, 63):
+        assert sketch(name, image_shape=(1, side, side))(torch.zeros(2, 1, side, side, device='meta')).shape == (2, 100)
 
 
 @pytest.mark.parametrize('training', [False, True])
 def test_forward_and_backward_are_finite(net, images, training):
     net.train(training).zero_grad(set_to_none=True)
     torch.nn.functional.cross_entropy(net(images), torch.tensor([0, 1])).backward()
-    for parameter, value in net.named_parameters(): assert value.grad is not None and value.grad.isfinite().all(), parameter
+    for parameter, value in net.named_parameters():
+        assert value.grad is not None and value.grad.isfinite().all(), parameter
 
 
 @torch.no_grad()
@@ -100,7 +108,8 @@ DEEPER = ('vgg13', 'vgg16', 'resnet14', 'resnet34', 'resnet101', 'resnet152', *T
 LONG = ('densenet121', 'resnet101', 'resnet152') # The captures that take longest
 
 
-@pytest.mark.parametrize('name', [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in NAMES])
+@pytest.mark.parametrize('name',
+                         [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in NAMES])
 @torch.no_grad()
 def test_one_graph(name):
     torch._dynamo.reset()
@@ -159,9 +168,12 @@ def test_table_of_a_frozen_network_keeps_every_mode():
 
 def test_unknown_names_options_and_classes():
     with pytest.raises(Invalid, match="Unknown network 'vgg12'; accepted: .*vgg11, vgg13"): model('vgg12')
-    with pytest.raises(Invalid, match="Unknown option of network 'resnet18' 'width'; accepted: none"): model('resnet18', width=3)
-    with pytest.raises(Invalid, match='num_classes is 1; it must be a whole number from 2'): model('resnet18', num_classes=1)
-    with pytest.raises(Invalid, match=r"image_shape is \(1, 4, 4\); network 'densenet121' takes .* from 8 pixels a side"):
+    with pytest.raises(Invalid, match="Unknown option of network 'resnet18' 'width'; accepted: none"):
+        model('resnet18', width=3)
+    with pytest.raises(Invalid, match='num_classes is 1; it must be a whole number from 2'):
+        model('resnet18', num_classes=1)
+    with pytest.raises(Invalid,
+                       match=r"image_shape is \(1, 4, 4\); network 'densenet121' takes .* from 8 pixels a side"):
         model('densenet121', image_shape=(1, 4, 4))
     with pytest.raises(Invalid, match='width is 0'): model('resnet8', width=0)
     with pytest.raises(Invalid, match='width is 0'): model('cnn_small', width=0)
@@ -170,7 +182,8 @@ def test_unknown_names_options_and_classes():
 def test_published_weights_that_cannot_be_downloaded(monkeypatch):
     def refuse(*_, **__): raise URLError('no route to host')
     monkeypatch.setattr(torchvision.models, 'get_model', refuse)
-    with pytest.raises(Unusable, match="The weights of 'resnet18' cannot be loaded .*no route to host.*; fetch https://.*resnet18"):
+    with pytest.raises(Unusable, match="The weights of 'resnet18' cannot be loaded .*no route to host.*; fetch "
+                                       "https://.*resnet18"):
         model('imagenet_resnet18', pretrained=True)
 
 

@@ -15,7 +15,8 @@ from cmim_repro.lab.models.core import model
 def runs(overrides='', **narrowing):
     "(defence, column, student, choice) to the run of seed 0."
     chosen = narrowed(profile('paper'), seeds=1, overrides=overrides, **narrowing)
-    return {(e.data, e.defense, e.teacher_model, e.column, e.student_model, e.choice): e.run for e in table1_entries(chosen)}
+    return {(e.data, e.defense, e.teacher_model, e.column, e.student_model, e.choice): e.run
+            for e in table1_entries(chosen)}
 
 
 def test_the_whole_plan_under_the_papers_recipe():
@@ -44,36 +45,46 @@ def test_a_smaller_plan_keeps_the_shape_of_every_recipe():
 @pytest.mark.parametrize('text, field, value, whom', [
     ('precision=bf16', 'precision', 'bf16', lambda run: True), ('nesterov=True', 'nesterov', True, lambda run: True),
     ('warmup_epochs=5', 'warmup_epochs', 5, lambda run: True),
-    ('resnet18.weight_decay=0.001', 'weight_decay', .001, lambda run: run.model == 'resnet18' and run.method != 'knockoff'),
-    ('knockoff.batch_size=32', 'batch_size', 32, lambda run: run.method == 'knockoff'), ('cmim.lr=0.03', 'lr', .03, lambda run: run.method == 'cmim')])
+    ('resnet18.weight_decay=0.001', 'weight_decay', .001, lambda run: run.model == 'resnet18'
+     and run.method != 'knockoff'),
+    ('knockoff.batch_size=32', 'batch_size', 32, lambda run: run.method == 'knockoff'),
+                                                      ('cmim.lr=0.03', 'lr', .03, lambda run: run.method == 'cmim')])
 def test_one_number_of_a_recipe(text, field, value, whom):
-    before, after = (runs(changes, data_sets='cifar100', defenses='cmim', attacks='kd, knockoff') for changes in ('', text))
+    before, after = (runs(changes, data_sets='cifar100', defenses='cmim', attacks='kd, knockoff')
+                     for changes in ('', text))
     for key in before:
         expected = {**vars(before[key].recipe), **({field: value} if whom(before[key]) else {})}
         assert vars(after[key].recipe) == expected, key
 
 
 def test_one_option_of_a_method():
-    before, after = (runs(text, data_sets='cifar100', defenses='cmim', networks='vgg16:vgg11') for text in ('', 'kd.temperature=1'))
-    assert {key[3] for key in before if before[key] != after[key]} == {'kd'} and after['cifar100', 'cmim', 'vgg16', 'kd', 'vgg11', ''].options['temperature'] == 1
+    before, after = (runs(text, data_sets='cifar100', defenses='cmim', networks='vgg16:vgg11')
+                     for text in ('', 'kd.temperature=1'))
+    assert {key[3] for key in before if before[key] != after[key]} == {'kd'} and after['cifar100', 'cmim', 'vgg16',
+                                                                                       'kd', 'vgg11', ''].options['temperature'] == 1
 
 
 def test_published_weights_make_another_teacher_and_nothing_else(monkeypatch):
-    trained, taken = (runs(text, data_sets='imagenet', defenses='st, nt, mad, apgp, cmim, ls', attacks='kd, dkd') for text in ('', 'pretrained=True'))
+    trained, taken = (runs(text, data_sets='imagenet', defenses='st, nt, mad, apgp, cmim, ls', attacks='kd, dkd')
+                      for text in ('', 'pretrained=True'))
     touched = {key[1] for key in taken if taken[key] != trained[key]}
     assert touched == {'ce', 'st', 'nt', 'mad', 'apgp'}
     assert all(taken[key] == trained[key] for key in taken if key[1] in ('cmim', 'ls') or key[3] == 'ls')
     plan = Plan.of(taken.values()).check()
     loaded = [run for run in plan.runs if run.model_options['pretrained'] and run.kind == 'training']
-    assert [(run.method, run.model, run.recipe, run.seed) for run in loaded] == [('ce', 'imagenet_resnet34', Recipe(), 0)]
+    assert [(run.method, run.model, run.recipe, run.seed)
+            for run in loaded] == [('ce', 'imagenet_resnet34', Recipe(), 0)]
     saved = torchvision.models.resnet34(num_classes=1000).state_dict()
     asked = []
-    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda url, *_, **__: asked.append(url) or saved)
+    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda url, *_, **__: asked.append(url)
+                        or saved)
     net = model(loaded[0].model, **loaded[0].model_options, num_classes=1000, image_shape=(3, 224, 224))
-    assert asked == [torchvision.models.ResNet34_Weights.IMAGENET1K_V1.url] and all(torch.equal(v, saved[k]) for k, v in net.state_dict().items())
+    assert asked == [torchvision.models.ResNet34_Weights.IMAGENET1K_V1.url] and all(torch.equal(v, saved[k])
+                                                                                    for k, v in net.state_dict().items())
     students = {run.model for run in plan.runs if run.kind == 'attack'}
     assert students == {'imagenet_resnet18', 'imagenet_mobilenetv2'}
-    assert not any(run.model_options['pretrained'] for run in plan.runs if run.kind == 'attack' or run.method in ('cmim', 'nt', 'ls'))
+    assert not any(run.model_options['pretrained'] for run in plan.runs if run.kind == 'attack'
+                   or run.method in ('cmim', 'nt', 'ls'))
 
 
 def test_published_weights_follow_the_data_set():
@@ -87,11 +98,14 @@ def test_published_weights_follow_the_data_set():
      'pretrained is True; published weights exist for the data set imagenet, and this is about cifar100, tinyimagenet'),
     ('pretrained=True, classes=10', {'data_sets': 'imagenet'}, 'pretrained is True and classes is 10'),
     ('pretrained=yes', {'data_sets': 'imagenet'}, "pretrained is 'yes'; it must be True or False"),
-    ('pretrained=True', {'data_sets': 'imagenet', 'networks': 'resnet18:resnet18'}, "Unknown option of network 'resnet18' 'pretrained'"),
+    ('pretrained=True', {'data_sets': 'imagenet', 'networks': 'resnet18:resnet18'}, "Unknown option of network "
+                                                                                    "'resnet18' 'pretrained'"),
     ('recipe=best', {}, "Unknown recipe for cifar100 'best'; accepted: authors, paper"),
     ('recipe=imagenet', {}, "Unknown recipe for cifar100 'imagenet'"),
     ('recipe=paper paper', {}, 'Unknown recipe for cifar100'),
-    ('milestones=soon', {}, "milestones is 'soon'"), ('precision=fp8', {}, 'fp8'), ('vgg16.temperature=3', {}, "Unknown recipe option 'temperature'"),
+    ('milestones=soon', {}, "milestones is 'soon'"), ('precision=fp8', {}, 'fp8'),
+                                                         ('vgg16.temperature=3', {}, "Unknown recipe option "
+                                                                                     "'temperature'"),
     ('kd.lr=slow', {}, "lr is 'slow'"), ('kd.temprature=3', {}, "Unknown option of attack 'kd' 'temprature'"),
     ('image_size=64', {'data_sets': 'cifar100'}, 'image_size is 64; the images of cifar100 have a fixed size')])
 def test_what_cannot_be_chosen_is_one_sentence(overrides, narrowing, words):

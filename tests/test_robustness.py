@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from cmim_repro.core import Invalid
-from cmim_repro.experiments.execution import execute, execute_in_processes, main
+from cmim_repro.experiments.execution import execute, main
 from cmim_repro.experiments.runs import Plan, make_run
 from cmim_repro.experiments.store import Store
+from cmim_repro.experiments.workers import execute_in_processes
 from cmim_repro.lab.training import Recipe
 
 COMMON = {'recipe': Recipe(epochs=2, batch_size=32, lr=.05), 'data_options': {'per_class': 20}}
@@ -24,7 +25,9 @@ def plan_file(folder, *runs):
     return str(path)
 
 
-def command(folder, *runs): return [plan_file(folder, *runs), '--store', str(folder/'store'), '--device', 'cpu', '--settings', 'checkpoint_seconds=0']
+def command(folder, *runs):
+    return [plan_file(folder, *runs), '--store', str(folder/'store'), '--device', 'cpu', '--settings',
+            'checkpoint_seconds=0']
 
 
 def error(capsys):
@@ -42,7 +45,8 @@ def with_teacher(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize('file, words', [('result.json', 'result.json is damaged (not JSON)'), ('weights.safetensors', 'weights.safetensors is damaged')])
+@pytest.mark.parametrize('file, words', [('result.json', 'result.json is damaged (not JSON)'),
+                                         ('weights.safetensors', 'weights.safetensors is damaged')])
 def test_a_damaged_teacher_stops_its_student(with_teacher, capsys, file, words):
     path = Store(with_teacher/'store').folder(TEACHER)/file
     path.write_bytes(path.read_bytes()[:20])
@@ -62,9 +66,11 @@ def test_a_damaged_checkpoint(with_teacher, capsys):
 
 
 @pytest.mark.parametrize('change, words', [
-    ({'method': 'kdd'}, "Unknown method 'kdd'; accepted: "), ({'model': 'vgg12'}, "Unknown network 'vgg12'; accepted: "),
+    ({'method': 'kdd'}, "Unknown method 'kdd'; accepted: "),
+                                           ({'model': 'vgg12'}, "Unknown network 'vgg12'; accepted: "),
     ({'options': {**STUDENT.options, 'temperature': 0}}, 'temperature is 0; it must be a number above 0'),
-    ({'colour': 'red'}, "Unknown key of a run 'colour'"), ({'recipe': {'epochs': 0}}, 'epochs is 0; it must be a whole number from 1')])
+    ({'colour': 'red'}, "Unknown key of a run 'colour'"), ({'recipe': {'epochs': 0}}, 'epochs is 0; it must be a '
+                                                                                      'whole number from 1')])
 def test_a_plan_with_bad_values_trains_nothing(tmp_path, capsys, change, words):
     (tmp_path/'plan.json').write_text(json.dumps([{**STUDENT.to_dict(), **change}]))
     assert main([str(tmp_path/'plan.json'), '--store', str(tmp_path/'store')]) == 2
@@ -88,7 +94,8 @@ def test_a_store_that_cannot_be_written(tmp_path, capsys):
 def test_a_full_disk_keeps_what_is_finished(with_teacher):
     "A limit on the size of files stands for a full disk: writing fails with an error of the operating system."
     before, plan = finished(with_teacher), command(with_teacher, STUDENT)
-    child = subprocess.run([sys.executable, '-m', 'cmim_repro.experiments.execution', *plan], capture_output=True, text=True,
+    child = subprocess.run([sys.executable, '-m', 'cmim_repro.experiments.execution', *plan], capture_output=True,
+                           text=True,
                            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000)))
     assert child.returncode == 2 and 'cannot be written' in child.stderr and 'Traceback' not in child.stderr
     assert all(before[p] == p.read_bytes() for p in before)
@@ -96,13 +103,15 @@ def test_a_full_disk_keeps_what_is_finished(with_teacher):
 
 
 def test_a_diverged_run_is_noted_and_the_others_finish(tmp_path, capsys, monkeypatch):
-    wild = make_run('digits', 'cnn_tiny', 'ce', recipe=Recipe(epochs=2, batch_size=32, lr=1e30), data_options=COMMON['data_options'])
+    wild = make_run('digits', 'cnn_tiny', 'ce', recipe=Recipe(epochs=2, batch_size=32, lr=1e30),
+                    data_options=COMMON['data_options'])
     orphan = make_run('digits', 'cnn_tiny', 'kd', teacher=wild, **COMMON)
     assert main(command(tmp_path, wild, TEACHER, orphan)) == 0
     said, store = capsys.readouterr().err.splitlines(), Store(tmp_path/'store')
     assert 'the loss is not finite in epoch' in said[0] and 'was not made: its teacher' in said[1]
     assert store.result(TEACHER) and store.result(wild) is None and store.diverged(wild)['epoch'] >= 1
-    monkeypatch.setattr(subprocess, 'Popen', lambda *_, **__: pytest.fail('a worker is started although there is nothing to compute'))
+    monkeypatch.setattr(subprocess, 'Popen',
+                        lambda *_, **__: pytest.fail('a worker is started although there is nothing to compute'))
     assert execute_in_processes(Plan.of([orphan, TEACHER]), store) == said
 
 
@@ -112,8 +121,10 @@ def test_knockoff_with_a_budget_and_a_folder_of_images(with_teacher, tmp_path):
     for i in range(40): Image.new('L', (8, 8), 6*i).save(pictures/f'{i:02}.png')
     recipe = Recipe(epochs=2, batch_size=16, lr=.05, augment='none')
     data_options = COMMON['data_options']
-    runs = [make_run('digits', 'cnn_tiny', 'knockoff', teacher=TEACHER, recipe=recipe, data_options=data_options, **options)
-            for options in ({'budget': 50}, {'transfer': f'folder:{pictures}', 'budget': 30}, {'transfer': f'folder:{pictures}'})]
+    runs = [make_run('digits', 'cnn_tiny', 'knockoff', teacher=TEACHER, recipe=recipe, data_options=data_options,
+                     **options)
+            for options in ({'budget': 50}, {'transfer': f'folder:{pictures}', 'budget': 30},
+                            {'transfer': f'folder:{pictures}'})]
     store = Store(with_teacher/'store')
     assert execute(Plan.of(runs), store) == []
     assert all(store.result(run)['accuracy'] > 0 for run in runs) and len({run.id for run in runs}) == 3
