@@ -4,7 +4,8 @@ import pytest
 
 from cmim_repro.core import Invalid
 from cmim_repro.experiments.estimate import RATES, depth_of, estimate, multiply_adds, operations, read_throughput, size_of
-from cmim_repro.experiments.profiles import narrowed, profile, table1_entries
+from cmim_repro.exhibits.table1 import entries as table1_entries
+from cmim_repro.experiments.profiles import narrowed, profile
 from cmim_repro.experiments.runs import Plan, make_run
 from cmim_repro.experiments.store import Store
 from cmim_repro.lab.models.core import describe, sketch
