@@ -177,7 +177,7 @@ class ResampleBank(CentroidBank):
         seed: int=0, # Of the draws
     ):
         super().__init__(num_classes, count, labels.device)
-        self.per_class = check_number('samples a class |B_y|', per_class, 1, integer=True)
+        self.per_class = check_number('samples per class |B_y|', per_class, 1, integer=True)
         self.every, self.seed = every, seed
         members = [(labels == y).nonzero()[:, 0].cpu() for y in range(num_classes)]
         self.members = nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-1)
@@ -203,7 +203,7 @@ class ResampleBank(CentroidBank):
         if batch.step % self.every == 0: self.replace(_fresh_outputs(self, forward, data, batch))
 
 # %% ../../nbs/defenses/05_centroids.ipynb #e14d2b00
-GROUP = 256 # images a forward pass
+GROUP = 256 # images in a forward pass
 
 
 def _fresh_outputs(bank, forward, data, batch):
@@ -228,7 +228,7 @@ def centroid_bank(
 )->CentroidBank:
     "The bank called `kind`."
     check_number('number of powers N', count, 1, integer=True)
-    check_number('samples a class |B_y| (per_class)', per_class, 1, integer=True)
+    check_number('samples per class |B_y| (per_class)', per_class, 1, integer=True)
     check_number('steps between updates of Q (every)', every, 1, integer=True)
     check_choice('kind of centroids', kind, ('memory', 'resample', 'batch'))
     if kind == 'batch': return BatchBank(num_classes, count)

@@ -69,7 +69,7 @@ def read_vectors(
 # %% ../../nbs/defenses/04_snt.ipynb #dc1c96c8
 def vector_similarity(
     path, # File of word vectors
-    class_names, # One name a class
+    class_names, # One name for each class
 )->np.ndarray:
     "Cosines between the mean word vectors of the class names, (C, C)."
     words = [name_words(name) for name in class_names]
@@ -103,13 +103,13 @@ def offset_similarity(
 
 # %% ../../nbs/defenses/04_snt.ipynb #6670084f
 def read_hierarchy(
-    path, # A text file, two ids a line, one the parent of the other
+    path, # A text file, two ids per line, one the parent of the other
 )->list:
     "The pairs of ids in the file."
     try: pairs = [line.split() for line in Path(path).read_text(encoding='utf-8').splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise Unusable(f'{path} cannot be read as a hierarchy ({error}); '
-                       'give a text file of two ids a line.') from error
+                       'give a text file with two ids per line.') from error
     wrong = next((n for n, pair in enumerate(pairs, 1) if len(pair) != 2), None)
     if wrong or not pairs: raise Unusable(f'{path} is not a hierarchy: entry {wrong or 1} does not hold two ids.')
     return pairs

@@ -30,7 +30,7 @@ from cmim_repro.lab.processes import (
 class Recipe:
     "How a model is optimised: all that changes the numbers, and nothing else."
     epochs: int = 200 # Passes over the training set
-    batch_size: int = 128 # Images a step, over all processes together
+    batch_size: int = 128 # Images per step, over all processes together
     lr: float = .1 # Learning rate at the start
     momentum: float = .9 # Of SGD
     weight_decay: float = 5e-4 # Of SGD, on every parameter
@@ -82,7 +82,7 @@ class Settings:
     channels_last: bool = True # Memory format of images and weights; the faster one for convolutions, on CPUs too
     compile: bool = False # torch.compile the networks
     tf32: bool = True # TensorFloat-32 products on CUDA where float32 is asked for
-    micro_batch: int = 0 # Images a forward pass; 0 means the whole batch
+    micro_batch: int = 0 # Images in a forward pass; 0 means the whole batch
     checkpoint_seconds: float = 10. # Least time between two checkpoints at ends of epochs
     inside_seconds: float = 300. # Least time between two checkpoints inside an epoch
 
@@ -284,7 +284,7 @@ def evaluate(
     data, # A data set (`lab.data`)
     split: str, # test, held_out or train
     teacher=None, # Images to log-probabilities, for learners that read answers
-    batch_size: int=500, # Images a pass
+    batch_size: int=500, # Images in a pass
 )->list:
     "For each learner {'accuracy', 'nll'} on a split, the images normalised but not augmented."
     sums = [torch.zeros(2, dtype=torch.float64, device=learner.device) for learner in learners]
@@ -301,7 +301,7 @@ def evaluate(
 def remembered(
     teacher, # Images to log-probabilities
     data, # A data set
-    batch_size: int=500, # Images a query
+    batch_size: int=500, # Images in a query
 )->torch.Tensor:
     "The teacher's answers for all training images, not augmented, (N, C); each image is queried once, by one process."
     table = None
