@@ -93,6 +93,13 @@ def check_finite(
     if bad.any(): raise Invalid(f'{what} hold {int(bad.sum())} non-finite values of {scores.numel()}, the first at {tuple(bad.nonzero()[0].tolist())}.')
 
 # %% ../nbs/00_core.ipynb #d8fd2902
+@lru_cache(maxsize=None)
+def _defaults(entry):
+    "Arguments of a class or function with their defaults."
+    parameters = inspect.signature(entry).parameters.items()
+    return {name: p.default for name, p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
 class Registry:
     "Named classes or functions of one kind, found by importing the modules of a package."
     def __init__(self,
@@ -146,8 +153,7 @@ class Registry:
         "All options of `name` with their values: defaults, then the variant's, then those given."
         entry, variants, context, _ = self._entry(name)
         check_choice(f'variant of {self.what} {name!r}', variant, variants)
-        known = {k: p.default for k, p in inspect.signature(entry).parameters.items()
-                 if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and k not in context}
+        known = {name: default for name, default in _defaults(entry).items() if name not in context}
         for option in options: check_choice(f'option of {self.what} {name!r}', option, known or ['none'])
         chosen = {**known, **variants[variant], **options}
         missing = [k for k, v in chosen.items() if v is inspect.Parameter.empty]

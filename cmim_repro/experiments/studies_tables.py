@@ -4,24 +4,14 @@
 
 # %% auto #0
 __all__ = ['TABLE_DATA', 'TABLE_COLUMNS', 'TABLE_NETWORKS', 'PAIRED', 'PAIRED_NETWORKS', 'table_profile', 'table_columns',
-           'table_networks', 'candidate_weights', 'model_entries', 'spread_entries', 'paired_entries', 'keep_answers',
-           'epoch_seconds', 'measure_times', 'read_times']
+           'table_networks', 'candidate_weights', 'model_entries', 'spread_entries', 'paired_entries']
 
 # %% ../../nbs/experiments/07_studies_tables.ipynb #afb2ce61
-import json
-import time
 from dataclasses import replace
 
-import torch
-
-from ..core import Invalid, Unusable, atomic_write, check_choice, check_number
-from .execution import answers_of, make_method, make_network, released
+from ..core import Invalid, check_choice, check_number
 from .profiles import Entry, Profile, Task, choice_label as label, names, protected, table1_entries
-from .runs import Run
-from .store import Store, provenance
-from .throughput import synchronize
 from ..lab.models.core import model
-from ..lab.training import Batch, Learner, Settings
 
 # %% ../../nbs/experiments/07_studies_tables.ipynb #67ca1a63
 TABLE_DATA = {2: ('cifar100', 'tinyimagenet'), 3: ('imagenet',), 4: ('cifar100',), 5: ('cifar100',), 6: ('tinyimagenet', 'imagenet'),
@@ -130,100 +120,3 @@ def paired_entries(
     pairs = None if own_pairs else PAIRED_NETWORKS.get(chosen.name)
     tasks = tuple(replace(t, pairs=t.pairs if own_pairs else pairs or t.pairs[:1]) for t in chosen.tasks)
     return [e for e in table1_entries(replace(chosen, tasks=tasks), reference=False) if e.column != 'model']
-
-# %% ../../nbs/experiments/07_studies_tables.ipynb #6bf61591
-def keep_answers(
-    run: Run, # A finished protected model
-    store: Store, # Where it is
-    split: str, # train, held_out or test
-    data, # Its data set, on the device
-    device='cpu', # Where it runs
-):
-    "Add the model's log-probabilities on a split to its stored ones if they are not there; images are not augmented."
-    file = 'log_probs.safetensors'
-    if store.result(run) is None or split in store.tensors(run, file): return
-    with store.lock(run):
-        kept = store.tensors(run, file)
-        if split in kept: return
-        found = released(answers_of(run, store, data, device), data, split)
-        store.save_tensors(run, file, {**kept, split: found, f'{split}_labels': data.labels(split)})
-
-# %% ../../nbs/experiments/07_studies_tables.ipynb #73bfec26
-def _timed(work, device):
-    synchronize(device); started = time.perf_counter()
-    found = work()
-    synchronize(device)
-    return found, time.perf_counter() - started
-
-
-def _pass(learners, data, epoch, limit, device):
-    "Seconds of each learner for one pass, and the images of it."
-    recipe, seconds, seen = learners[0].recipe, [], 0
-    for learner in learners:
-        learner.epoch = epoch
-        seconds.append(_timed(learner.start_epoch, device)[1])
-    steps = data.steps('train', recipe.batch_size)
-    batches = iter(data.batches('train', recipe.batch_size, augment=recipe.augment, shuffle=True, seed=0, epoch=epoch))
-    for step in range(min(steps, limit or steps)):
-        (images, labels, indices), loading = _timed(lambda: next(batches), device)
-        batch = Batch(images, labels, indices, None, 0, epoch, step)
-        for i in sorted(range(len(learners)), reverse=bool(step % 2)):
-            seconds[i] += loading + _timed(lambda i=i, b=batch: learners[i].step(b, data, steps), device)[1]
-        seen += len(labels)
-    return seconds, seen
-
-# %% ../../nbs/experiments/07_studies_tables.ipynb #4026aebd
-def epoch_seconds(
-    runs: dict, # Name of a method to its `Run`, on the same data and with the same recipe
-    data, # Their data set, on the device
-    settings: Settings=Settings(), # Where it runs
-    passes: int=3, # Measured passes over the training images, after one that does not count
-    steps: int=0, # Steps of a pass; 0 means all
-)->dict:
-    "Method to the seconds of an epoch, one number a pass, scaled to all training images where `steps` cuts a pass short."
-    for name, value, low in (('passes', passes, 1), ('steps', steps, 0)): check_number(name, value, low, integer=True)
-    if len({(r.data, r.model, r.recipe) for r in runs.values()}) != 1: raise Invalid('Times are compared for one data set, network and recipe; these runs differ.')
-    if needy := [m for m, r in runs.items() if r.teacher]: raise Invalid(f'{needy[0]} needs a teacher; only trainings without one are timed side by side.')
-    device, size = settings.resolve(), data.size('train')
-    found = {method: [] for method in runs}
-    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
-        learners = [Learner(run.name, make_network(run, data), make_method(run, data), run.recipe).place(device, settings) for run in runs.values()]
-        for epoch in range(passes + 1):
-            seconds, seen = _pass(learners, data, epoch, steps, device)
-            for method, value in zip(found, seconds, strict=True): found[method] += [value*size/seen] if epoch else []
-    return found
-
-# %% ../../nbs/experiments/07_studies_tables.ipynb #f8d8c036
-def _timing_stem(runs): return '-'.join(run.id for run in runs.values())
-
-
-def measure_times(
-    runs: dict, # As for `epoch_seconds`
-    store: Store, # Where the measurement is kept
-    data, # Their data set, on the device
-    settings: Settings=Settings(), # Where it runs
-    again: bool=False, # Measure also where this device has been measured
-    **options, # passes, steps
-)->dict:
-    "The measurement for this device, made now if the store lacks it."
-    device, run = settings.resolve(), next(iter(runs.values()))
-    source = provenance(device)
-    known = [t for t in read_times(runs, store) if t['device_name'] == source['device_name'] and t['device'] == source['device']]
-    if known and not again: return known[0]
-    found = {'seconds': epoch_seconds(runs, data, settings, **options), 'images': data.size('train'), 'epochs': run.recipe.epochs,
-             'batch_size': run.recipe.batch_size, 'precision': run.recipe.precision, **source, 'finished': time.strftime('%FT%TZ', time.gmtime())}
-    slug = ''.join(c if c.isalnum() else '_' for c in f"{source['device']} {source['device_name']}")
-    atomic_write(store.root/'timings'/f'{_timing_stem(runs)}-{slug}.json', json.dumps(found, indent=1))
-    return found
-
-
-def read_times(
-    runs: dict, # As for `epoch_seconds`
-    store: Store, # Where measurements are kept
-)->list:
-    "All measurements of these runs, one for each device."
-    found = []
-    for path in sorted((store.root/'timings').glob(f'{_timing_stem(runs)}-*.json')):
-        try: found.append(json.loads(path.read_text()))
-        except (OSError, ValueError) as error: raise Unusable(f'{path} is damaged ({error}); delete it and measure again.') from error
-    return found
