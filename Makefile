@@ -77,7 +77,7 @@ export: install ## write the package from the notebooks and clean them
 	$(BIN)/nbdev_clean
 
 cost: install ## time of a training step, CMIM beside cross-entropy
-	$(BIN)/python -m cmim_repro.experiments.throughput --networks cnn_small resnet18
+	$(BIN)/python -m cmim_repro.experiments.cost --networks cnn_small resnet18
 
 lab: install ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs/index.ipynb

@@ -105,6 +105,13 @@ def full_precision(
     return scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
 
 # %% ../nbs/00_core.ipynb #d8fd2902
+@lru_cache(maxsize=None)
+def _defaults(make):
+    "Arguments of a class or function with their defaults."
+    parameters = inspect.signature(make).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
 @dataclass(frozen=True)
 class _Entry:
     "What a registry knows under one name."
@@ -116,9 +123,7 @@ class _Entry:
     def options(self, what, variant, given):
         "All options with their values: defaults, then the variant's, then those given."
         check_choice(f'variant of {what}', variant, self.variants)
-        parameters = inspect.signature(self.make).parameters.values()
-        known = {p.name: p.default for p in parameters
-                 if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in self.context}
+        known = {name: value for name, value in _defaults(self.make).items() if name not in self.context}
         for option in given: check_choice(f'option of {what}', option, known or ['none'])
         chosen = {**known, **self.variants[variant], **given}
         missing = [option for option, value in chosen.items() if value is inspect.Parameter.empty]

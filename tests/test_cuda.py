@@ -9,7 +9,7 @@ import torch
 
 from cmim_repro.core import keyed_generator
 from cmim_repro.defenses.core import objective
-from cmim_repro.experiments.throughput import throughput
+from cmim_repro.experiments.cost import throughput
 from cmim_repro.lab.data.core import Crop, Facts, Flip, Rotation, TensorDataSet
 from cmim_repro.lab.models.core import model
 from cmim_repro.lab.training import Batch, Learner, Recipe, Settings, initialised, train

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..experiments.profiles import narrowed
-from ..experiments.studies_tables import keep_answers
+from ..experiments.execution import keep_answers
 from ..report.formats import Table, runs_cell
 from ..report.models import about, gains, model_entries, of_defense
 from ..report.paper import printed

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from ..experiments.profiles import narrowed
-from ..experiments.studies_tables import measure_times, read_times
-from ..experiments.throughput import throughput
+from ..experiments.cost import measure_times, read_times
+from ..experiments.cost import throughput
 from ..report.formats import Table, runs_cell
 from ..report.models import about, model_entries
 from ..report.paper import label, printed

@@ -6,12 +6,12 @@
 __all__ = ['kind_of', 'registry_of', 'canonical', 'Run', 'make_run', 'run_from_dict', 'earlier_stages', 'victim_of', 'heard_by',
            'chain_answers', 'check_options', 'with_teachers', 'Plan']
 
-# %% ../../nbs/experiments/01_runs.ipynb #15133c75
+# %% ../../nbs/experiments/01_runs.ipynb #32f21b4d
 import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
@@ -61,7 +61,7 @@ def canonical(
     "The one JSON text for `value`."
     return json.dumps(_plain(value), sort_keys=True, separators=(',', ':'), allow_nan=False)
 
-# %% ../../nbs/experiments/01_runs.ipynb #a431876d
+# %% ../../nbs/experiments/01_runs.ipynb #7099f7e9
 @dataclass(frozen=True, eq=False)
 class Run:
     "What shall be computed; its `id` is a hash of all of it."
@@ -89,7 +89,7 @@ class Run:
     def to_dict(self):
         "The description, as it is written to run.json."
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**plain, 'recipe': asdict(self.recipe), 'teacher': self.teacher and self.teacher.to_dict()}
+        return {**plain, 'recipe': dict(vars(self.recipe)), 'teacher': self.teacher and self.teacher.to_dict()}
 
     @cached_property
     def trains(self):

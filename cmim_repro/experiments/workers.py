@@ -8,7 +8,7 @@ __all__ = ['EXECUTORS', 'read_executor', 'process_count', 'worker_command', 'tor
            'visible_devices', 'worker_options', 'local_client', 'slurm_cluster', 'slurm_client', 'remote_client',
            'gpu_resource', 'compute']
 
-# %% ../../nbs/experiments/06_workers.ipynb #93fd77a7
+# %% ../../nbs/experiments/06_workers.ipynb #caffd699
 import contextlib
 import json
 import logging
@@ -21,7 +21,6 @@ import threading
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 

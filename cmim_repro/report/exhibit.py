@@ -23,7 +23,7 @@ import pandas as pd
 from IPython.display import HTML, Markdown, display
 
 from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, patch_to, project_root
-from ..experiments.estimate import estimate
+from ..experiments.cost import estimate
 from ..experiments.execution import load_data, log_progress, read_settings
 from ..experiments.workers import compute, process_count
 from ..experiments.profiles import parse_overrides

@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...core import Invalid, Registry, check_number
 
@@ -122,6 +121,7 @@ def _count(
     image_shape, # Shape of its input, without the batch
 ):
     "(block to multiply-adds, block to the shape of its output, multiply-adds of all)."
+    from torch.utils.flop_counter import FlopCounterMode # takes long to import
     work, shapes = dict.fromkeys(net.children(), 0), {}
     shadow = {name: torch.empty_like(value, device='meta') for name, value in net.state_dict(keep_vars=True).items()}
 
