@@ -227,6 +227,7 @@ def centroid_bank(
     seed: int=0, # resample: of the draws
 )->CentroidBank:
     "The bank called `kind`."
+    check_number('number of powers N', count, 1, integer=True)
     check_number('samples per class |B_y| (per_class)', per_class, 1, integer=True)
     check_number('steps between updates of Q (every)', every, 1, integer=True)
     check_choice('kind of centroids', kind, ('memory', 'resample', 'batch'))
