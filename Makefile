@@ -6,8 +6,18 @@ PROFILE ?= quick
 ARGS ?=
 export PYTHONWARNINGS ?= ignore::DeprecationWarning
 
+PAGE = $(BIN)/python -m cmim_repro.report.page
+COPIES = figures/executed/$(PROFILE)
+copies = $(1:%=$(COPIES)/run_%.ipynb)
+EXHIBITS := $(patsubst nbs/run_%.ipynb,%,$(wildcard nbs/run_*.ipynb))
+TABLES := $(filter table%,$(EXHIBITS))
+FIGURES := $(filter figure%,$(EXHIBITS))
+BEYOND := $(filter-out $(TABLES) $(FIGURES),$(EXHIBITS))
+ASKED := $(if $(filter tables,$(MAKECMDGOALS)),$(TABLES)) $(if $(filter figures,$(MAKECMDGOALS)),$(FIGURES)) \
+  $(if $(filter beyond,$(MAKECMDGOALS)),$(BEYOND))
+
 .DEFAULT_GOAL := help
-.PHONY: help install table1 tables figures gallery test notebooks pytest slow lint export cost lab
+.PHONY: help install table1 tables figures beyond gallery page FORCE test notebooks pytest slow lint export cost lab
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -22,20 +32,31 @@ help: ## list the targets
 install: .venv/.installed ## create .venv and install the project with the tested versions
 
 table1: install ## run the main experiment on bundled real data (profile quick); prints the table
-	@mkdir -p figures/executed
-	@echo 'Running nbs/run_table1.ipynb in the profile quick: some minutes the first time, seconds when the store has everything.'
-	$(BIN)/papermill --no-progress-bar nbs/run_table1.ipynb figures/executed/run_table1.ipynb -p profile quick
-	@cat figures/quick/table1.txt
-	@echo 'Tables and pictures: figures/quick/ (table1.html, cmi_*.png, simplex_*.html). The executed notebook: figures/executed/run_table1.ipynb'
+	@echo 'Running nbs/run_table1.ipynb in the profile $(PROFILE): some minutes the first time, seconds when the store has everything.'
+	@$(PAGE) table1 --profile $(PROFILE) $(ARGS)
+	@cat figures/$(PROFILE)/table1.txt
+	@echo 'Tables and pictures: figures/$(PROFILE)/ (table1.html, cmi_*.png, simplex_*.html). The executed notebook: $(COPIES)/run_table1.ipynb'
 
-tables: install ## all ten tables and the gallery; PROFILE=mini and ARGS="-p data_root DIR" change how
-	$(BIN)/python -m cmim_repro.report.gallery tables --profile $(PROFILE) $(ARGS)
+tables: $(call copies,$(TABLES)) page ## all ten tables and the page; PROFILE=mini and ARGS="-p data_root DIR" change how
 
-figures: install ## all five figures and the gallery, in the same way
-	$(BIN)/python -m cmim_repro.report.gallery figures --profile $(PROFILE) $(ARGS)
+figures: $(call copies,$(FIGURES)) page ## all five figures and the page, in the same way; with -j2 two notebooks at once
 
-gallery: install ## write figures/index.html again, from what is there
-	$(BIN)/python -m cmim_repro.report.gallery
+beyond: $(call copies,$(BEYOND)) page ## what goes beyond the paper, in the same way
+
+gallery: page ## write figures/index.html again, from what is there
+
+# One rule runs a notebook. It always runs: what is trained is in the store, so it only draws again.
+# A notebook that fails says so and stops no other; the rule of the page names it once more and fails.
+$(COPIES)/run_%.ipynb: nbs/run_%.ipynb FORCE | .venv/.installed
+	-@$(PAGE) $* --profile $(PROFILE) $(ARGS)
+
+# Table 9 measures time, so it runs when all others are done.
+$(call copies,table9): | $(call copies,$(filter-out table9,$(ASKED)))
+
+page: $(call copies,$(ASKED)) | .venv/.installed
+	@$(PAGE) --profile $(PROFILE) --made $(ASKED)
+
+FORCE:
 
 test: notebooks pytest ## all notebooks as tests, then pytest
 

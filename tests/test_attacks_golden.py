@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cmim_repro.attacks.core import attack, soft_kl, soften
+from cmim_repro.attacks.core import attack, soft_kl
 from cmim_repro.attacks.mkd import markov_output
+from cmim_repro.theory.distributions import power_transform
 
 GOLDEN = Path(__file__).parent / 'golden'
 CASES = ['b8c100', 'b4c10', 'b1c5', 'b3c2', 'b6c100ext', 'b12c20rep']
@@ -90,19 +91,19 @@ def test_mkd_of_the_authors(golden, case, dimension, T, dtype):
     student, teacher, labels = inputs(vectors, dtype)
     mkd = attack('mkd', 'authors', dimension=dimension, temperature=T, num_classes=student.shape[1]).to(dtype)
     with torch.no_grad():
-        mkd.factors.copy_(vectors[key + 'W'])
-        mkd.scale.copy_(vectors[key + 'Iscale'])
+        mkd.transform.factors.copy_(vectors[key + 'W'])
+        mkd.transform.scale.copy_(vectors[key + 'Iscale'])
     for entries in (2**24, student.shape[1]**2):
-        output = markov_output(soften(teacher, T).exp(), labels, mkd.scale, mkd.factors, 'repo', entries)
+        output = markov_output(power_transform(teacher, temperature=T).exp(), labels, mkd.transform.scale, mkd.transform.factors, 'repo', entries)
         agree(output, vectors[key + 'markov_out'], dtype)
         agree(output, vectors[key + 'markov_out_from_probs'], dtype)
     value = mkd(student, teacher, labels)
     value.backward()
     agree(value, vectors[key + 'student_loss'], dtype)
     agree(student.grad, vectors[key + 'student_grad'], dtype)
-    agree(mkd.factors.grad, vectors[key + 'transform_grad_W'], dtype)
-    agree(mkd.scale.grad, vectors[key + 'transform_grad_Iscale'], dtype)
-    agree(.9 * T**2 * soft_kl(mkd.target(teacher, labels), soften(student, T)), vectors[key + 'transform_loss'], dtype)
+    agree(mkd.transform.factors.grad, vectors[key + 'transform_grad_W'], dtype)
+    agree(mkd.transform.scale.grad, vectors[key + 'transform_grad_Iscale'], dtype)
+    agree(.9 * T**2 * soft_kl(mkd.transform(teacher, labels), power_transform(student, temperature=T)), vectors[key + 'transform_loss'], dtype)
 
 
 def test_published_losses_are_the_parts_they_are_made_of(golden):

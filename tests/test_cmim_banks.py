@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cmim_repro.core import Invalid, keyed_generator
+from cmim_repro.defenses.centroids import BatchBank, MemoryBank, ResampleBank, memory_bank_bytes
 from cmim_repro.defenses.core import objective
-from cmim_repro.theory.objective import BatchBank, MemoryBank, ResampleBank, draw_powers, memory_bank_bytes
+from cmim_repro.lab.processes import gather_over_processes
+from cmim_repro.theory.objective import draw_powers
 
 SAMPLES, CLASSES, N = 14, 3, 4
 LABELS = torch.tensor([0, 1, 2, 0, 1, 0, 0, 1, 2, 2, 0, 1, 0, 1])
@@ -138,10 +140,10 @@ def training(kind, every, rank, world):
         for step, whole in enumerate(order.split(11)):
             indices = whole[len(whole)*rank//world:len(whole)*(rank + 1)//world]
             images, labels = data.images[indices], data.labels[indices]
-            batch = SimpleNamespace(images=images, labels=labels, indices=indices, epoch=epoch, step=step, seed=0)
+            batch = SimpleNamespace(images=images, labels=labels, indices=indices, epoch=epoch, step=step, seed=0, shares=())
             with torch.no_grad(): method.before_step(lambda x: net(x).log_softmax(-1), data, batch)
             logits = wrapped(images)
-            method.observe(logits.detach().log_softmax(-1), labels, indices)
+            method.observe(*gather_over_processes(logits.detach().log_softmax(-1), labels, indices))
             loss = method(logits, None, labels, epoch=epoch)
             optimizer.zero_grad()
             loss.backward()
@@ -157,7 +159,7 @@ def worker(rank, world, folder):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world)
     # groups of four images, so that both processes get some
-    import cmim_repro.defenses.cmim as module
+    import cmim_repro.defenses.centroids as module
     module.GROUP = 4
     torch.save([training(kind, every, rank, world) for kind, every in KINDS], f'{folder}/{rank}.pt')
     dist.barrier()
@@ -173,7 +175,7 @@ def two_processes(tmp_path_factory):
 
 @pytest.mark.parametrize('which', range(len(KINDS)), ids=[f'{kind}-{every}' for kind, every in KINDS])
 def test_two_processes_equal_one(two_processes, which, monkeypatch):
-    monkeypatch.setattr('cmim_repro.defenses.cmim.GROUP', 4)
+    monkeypatch.setattr('cmim_repro.defenses.centroids.GROUP', 4)
     losses, weight, log_centroids = training(*KINDS[which], 0, 1)
     both = [results[which] for results in two_processes]
     torch.testing.assert_close((both[0][0] + both[1][0])/2, losses, rtol=1e-5, atol=1e-6)
@@ -204,7 +206,7 @@ def test_killed_and_resumed_is_bit_for_bit(kind):
     logits = torch.randn(3, 40, 4, generator=torch.Generator().manual_seed(0))
     def epoch(method, e):
         method.start_epoch(e)
-        batch = SimpleNamespace(labels=data.labels[:20], epoch=e, step=0, seed=0)
+        batch = SimpleNamespace(labels=data.labels[:20], epoch=e, step=0, seed=0, shares=())
         method.before_step(lambda x: x[:, :4].log_softmax(-1), data, batch)
         method.observe(logits[e, :20].log_softmax(-1), data.labels[:20], torch.arange(20))
         return method(logits[e, :20], None, data.labels[:20])

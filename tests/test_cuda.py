@@ -95,7 +95,7 @@ def test_steps_do_not_wait_for_the_device(method):
         one.step(Batch(images, labels, places, None, 0, 0, step), data, 3)
         if DEVICE == 'cuda': torch.cuda.set_sync_debug_mode('error')
     if DEVICE == 'cuda': torch.cuda.set_sync_debug_mode('default')
-    assert int(one._seen) == 96
+    assert int(one.sums[2]) == 96
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,9 @@ import pandas as pd
 import pytest
 
 from cmim_repro.core import Invalid
+from cmim_repro.exhibits.table1 import entries as table1_entries
 from cmim_repro.experiments.cost import RATES, estimate, multiply_adds, operations, read_throughput
-from cmim_repro.experiments.profiles import narrowed, profile, table1_entries
+from cmim_repro.experiments.profiles import narrowed, profile
 from cmim_repro.experiments.runs import Plan, make_run
 from cmim_repro.experiments.store import Store
 from cmim_repro.lab.data.core import size_of

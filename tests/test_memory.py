@@ -5,14 +5,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-import cmim_repro.theory.objective as theory
 from cmim_repro.attacks.core import attack
 from cmim_repro.core import keyed_generator
+from cmim_repro.defenses.centroids import memory_bank_bytes
 from cmim_repro.defenses.core import objective
 from cmim_repro.lab.data.core import Crop, Facts, Flip, Rotation, TensorDataSet
 from cmim_repro.lab.models.core import model
 from cmim_repro.lab.training import Batch, Learner, Recipe, Settings, initialised
-from cmim_repro.theory.objective import memory_bank_bytes
 
 
 class Live(TorchDispatchMode):
@@ -48,7 +47,8 @@ def test_the_meter_sees_what_lives_and_what_has_gone():
 @pytest.mark.parametrize('kind', ['memory', 'batch', 'resample'])
 def test_imagenets_term_stays_within_two_gigabytes(kind, monkeypatch):
     "C = 1000, N = 50, batch 256, in the portions that a CUDA device is given; on such a device `test_cmim_banks` measures it."
-    monkeypatch.setattr(theory, '_chunk', lambda device, elements: max(1, 2**24 // max(1, elements)))
+    for place in ('defenses.centroids', 'theory.objective'):
+        monkeypatch.setattr(f'cmim_repro.{place}.powers_at_once', lambda device, elements: max(1, 2**24 // max(1, elements)))
     B, C, count, samples = 256, 1000, 50, 4000
     labels, z = torch.arange(samples) % C, torch.randn(B, C, requires_grad=True)
     fresh = [(torch.randn(B, C).log_softmax(-1), labels[:B])]

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cmim_repro.core import Invalid
+from cmim_repro.defenses.centroids import BatchBank, MemoryBank
 from cmim_repro.defenses.cmim import CMIM
-from cmim_repro.theory.objective import BatchBank, MemoryBank, cmim_regularizer, draw_powers
+from cmim_repro.theory.objective import cmim_regularizer, draw_powers
 
 GOLDEN = Path(__file__).parent/'golden'
 
@@ -125,7 +126,7 @@ def test_fast_equals_plain_and_envelope(B, C, N, scale, omega, seed):
     bank.start_epoch(powers)
     bank.observe(z.log_softmax(-1), labels)
     through = torch.autograd.grad(plain(z, labels, None, powers, .7, omega), z)[0]
-    constant = torch.autograd.grad(cmim_regularizer(z, labels, bank, powers, .7, omega), z)[0]
+    constant = torch.autograd.grad(cmim_regularizer(z, labels, bank.rows, powers, .7, omega), z)[0]
     torch.testing.assert_close(constant, through, rtol=1e-8, atol=1e-12)
 
 
@@ -143,11 +144,11 @@ def test_power_zero_and_single_samples_give_nothing():
     bank = BatchBank(3, 2).double()
     bank.start_epoch(torch.zeros(2))
     bank.observe(z.log_softmax(-1), labels)
-    loss = cmim_regularizer(z, labels, bank, bank.powers, 1., 25.)
+    loss = cmim_regularizer(z, labels, bank.rows, bank.powers, 1., 25.)
     assert abs(loss) < 1e-14 and torch.autograd.grad(loss, z)[0].abs().max() == 0
     bank.start_epoch(torch.tensor([.5, 1.5]))
     bank.observe(z[:1].log_softmax(-1), labels[:1])
-    loss = cmim_regularizer(z[:1], labels[:1], bank, bank.powers, 1., 25.)
+    loss = cmim_regularizer(z[:1], labels[:1], bank.rows, bank.powers, 1., 25.)
     assert abs(loss) < 1e-14 and torch.autograd.grad(loss, z)[0].abs().max() < 1e-14
 
 
@@ -216,7 +217,8 @@ def test_memory_of_an_imagenet_step(kind, monkeypatch):
     "C = 1000, N = 50, batch 256: below 2 GB even with an accelerator's chunks, and (B, C) numbers saved for the backward pass."
     B, C, N = 256, 1000, 50
     z, labels, powers = torch.randn(B, C, requires_grad=True), torch.randint(C, (B,)), draw_powers(N)
-    monkeypatch.setattr('cmim_repro.theory.objective._chunk', lambda device, elements: max(1, 2**24//max(1, elements)))
+    for place in ('defenses.centroids', 'theory.objective'):
+        monkeypatch.setattr(f'cmim_repro.{place}.powers_at_once', lambda device, elements: max(1, 2**24//max(1, elements)))
     saved, samples = [], 2*B
     Q = torch.randn(C, N, C) if kind == 'tensor' else None
     with PeakBytes() as peak, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
@@ -225,7 +227,7 @@ def test_memory_of_an_imagenet_step(kind, monkeypatch):
             for _ in range(2):
                 Q.start_epoch(powers)
                 Q.observe(z.log_softmax(-1), labels, torch.arange(B))
-        cmim_regularizer(z, labels, Q, powers, .5, 25.).backward()
+        cmim_regularizer(z, labels, Q if kind == 'tensor' else Q.rows, powers, .5, 25.).backward()
     stored = 4*C*samples if kind == 'memory' else 0
     print(f'{kind}: peak {peak.peak/1e6:.0f} MB, {stored/1e6:.0f} MB of it stored outputs, saved for backward {sum(saved)/1e6:.2f} MB')
     assert 50e6 < peak.peak - stored < 1.5e9

@@ -6,9 +6,11 @@ import torch
 import torchvision
 
 from cmim_repro.core import Invalid
-from cmim_repro.experiments.profiles import Recipe, narrowed, profile, table1_entries
+from cmim_repro.exhibits.table1 import entries as table1_entries
+from cmim_repro.experiments.profiles import narrowed, profile
 from cmim_repro.experiments.runs import Plan
 from cmim_repro.lab.models.core import model
+from cmim_repro.lab.training import Recipe
 
 
 @functools.cache

@@ -9,8 +9,10 @@ __all__ = ['AVERAGES', 'ZERO', 'class_means', 'AVG']
 import torch
 import torch.nn.functional as F
 
-from .core import Attack, attack, check_soft, soft_kl, soften
+from .core import attack, check_soft, soft_kl
 from ..core import check_choice
+from ..lab.losses import Loss
+from ..theory.distributions import power_transform
 
 # %% ../../nbs/attacks/06_avg.ipynb #91898d40
 def class_means(
@@ -27,31 +29,36 @@ def class_means(
 AVERAGES, ZERO = ['probabilities', 'logits'], -1e3
 
 
-@attack.register('avg', variants={'authors': {'reduction': 'elemmean'}, 'paper': {},
-                                  'official': {'average': 'logits', 'temperature': 20., 'weight': .81}},
-                 paper={'*': {'weight': .9, 'temperature': 4.}, 'imagenet': {'temperature': 1.}})
-class AVG(Attack):
-    "Averaged answers (Keser and Toreyin, 2023): ce_weight CE + weight T^2 KL(mean of the class in the batch || student)."
+@attack.register('avg', paper={'*': {'weight': .9, 'temperature': 4.}, 'imagenet': {'temperature': 1.}}, variants={
+    'authors': {'reduction': 'elemmean'}, 'paper': {},
+    'official': {'average': 'logits', 'temperature': 20., 'weight': .81}})
+class AVG(Loss):
+    "Averaged answers (Keser and Toreyin, 2023): ce_weight CE + weight T^2 KL(mean of the class || student)."
+    needs_teacher = True
+
     def __init__(self,
         weight: float=.9, # Of the soft term, lambda; before the factor T^2
         temperature: float=4., # T
-        average: str='probabilities', # What is averaged: softened `probabilities`, or `logits` before they are softened
+        average: str='probabilities', # What is averaged: softened `probabilities`, or `logits` before softening
         ce_weight: float=.1, # Of the cross-entropy
         reduction: str='batchmean', # `elemmean` divides the soft term by C
     ):
         super().__init__()
         check_soft(temperature, reduction, weight=weight, ce_weight=ce_weight)
-        self.weight, self.ce_weight, self.temperature, self.reduction = weight, ce_weight, float(temperature), reduction
-        self.average = check_choice('average', average, AVERAGES)
+        self.weight, self.ce_weight, self.temperature = weight, ce_weight, float(temperature)
+        self.average, self.reduction = check_choice('average', average, AVERAGES), reduction
 
     def target(self,
         teacher_log_probs: torch.Tensor, # (B, C)
         labels: torch.Tensor, # (B,)
     )->torch.Tensor:
         "Log-probabilities of the averaged, softened answers, (B, C)."
-        if self.average == 'logits': return soften(class_means(teacher_log_probs.clamp_min(ZERO), labels), self.temperature)
-        return class_means(soften(teacher_log_probs, self.temperature).exp(), labels).log()
+        T = self.temperature
+        if self.average == 'logits':
+            return power_transform(class_means(teacher_log_probs.clamp_min(ZERO), labels), temperature=T)
+        return class_means(power_transform(teacher_log_probs, temperature=T).exp(), labels).log()
 
-    def loss(self, student_logits, teacher_log_probs, labels, epoch):
-        soft = soft_kl(self.target(teacher_log_probs, labels), soften(student_logits, self.temperature), self.reduction)
-        return self.ce_weight * F.cross_entropy(student_logits, labels) + self.weight * self.temperature**2 * soft
+    def loss(self, logits, teacher_log_probs, labels, epoch):
+        T, target = self.temperature, self.target(teacher_log_probs, labels)
+        soft = soft_kl(target, power_transform(logits, temperature=T), self.reduction)
+        return self.ce_weight * F.cross_entropy(logits, labels) + self.weight * T**2 * soft

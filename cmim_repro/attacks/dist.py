@@ -9,7 +9,9 @@ __all__ = ['pearson', 'DIST']
 import torch
 import torch.nn.functional as F
 
-from .core import Attack, attack, check_soft, soften
+from .core import attack, check_soft
+from ..lab.losses import Loss
+from ..theory.distributions import power_transform
 
 # %% ../../nbs/attacks/04_dist.ipynb #0fda40e2
 def pearson(
@@ -19,13 +21,16 @@ def pearson(
 )->torch.Tensor:
     "Pearson's correlation of each pair of rows, (R,), from -1 to 1; 0 where a row is constant."
     left, right = (x - x.mean(1, keepdim=True) for x in (left, right))
-    return (left * right).sum(1) / (torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=1) + epsilon)
+    norms = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=1)
+    return (left * right).sum(1) / (norms + epsilon)
 
 # %% ../../nbs/attacks/04_dist.ipynb #d3b6b247
-@attack.register('dist', variants={'authors': {'temperature': 1., 'weight': 1.}, 'paper': {'temperature': 1., 'weight': 1.}},
-                 paper={'*': {'variant': 'paper'}})
-class DIST(Attack):
+@attack.register('dist', paper={'*': {'variant': 'paper'}}, variants={
+    'authors': {'temperature': 1., 'weight': 1.}, 'paper': {'temperature': 1., 'weight': 1.}})
+class DIST(Loss):
     "DIST (Huang et al., 2022): ce_weight CE + weight T^2 (inter- and intra-class correlation losses)."
+    needs_teacher = True
+
     def __init__(self,
         inter_weight: float=1., # beta, of the relations between classes
         intra_weight: float=1., # gamma, of the relations between images
@@ -34,19 +39,21 @@ class DIST(Attack):
         ce_weight: float=1., # Of the cross-entropy
     ):
         super().__init__()
-        check_soft(temperature, inter_weight=inter_weight, intra_weight=intra_weight, weight=weight, ce_weight=ce_weight)
-        self.inter_weight, self.intra_weight, self.weight, self.ce_weight = inter_weight, intra_weight, weight, ce_weight
-        self.temperature = float(temperature)
+        check_soft(temperature, inter_weight=inter_weight, intra_weight=intra_weight, weight=weight,
+                   ce_weight=ce_weight)
+        self.inter_weight, self.intra_weight = inter_weight, intra_weight
+        self.weight, self.ce_weight, self.temperature = weight, ce_weight, float(temperature)
 
     def relations(self,
         student_logits: torch.Tensor, # (B, C)
         teacher_log_probs: torch.Tensor, # (B, C)
     )->tuple:
         "The inter- and the intra-class loss, two scalars from 0 to 2."
-        student, teacher = (soften(scores, self.temperature).exp() for scores in (student_logits, teacher_log_probs))
+        T = self.temperature
+        student, teacher = (power_transform(x, temperature=T).exp() for x in (student_logits, teacher_log_probs))
         return 1 - pearson(student, teacher).mean(), 1 - pearson(student.T, teacher.T).mean()
 
-    def loss(self, student_logits, teacher_log_probs, labels, epoch):
-        inter, intra = self.relations(student_logits, teacher_log_probs)
+    def loss(self, logits, teacher_log_probs, labels, epoch):
+        inter, intra = self.relations(logits, teacher_log_probs)
         relation = self.temperature**2 * (self.inter_weight*inter + self.intra_weight*intra)
-        return self.ce_weight * F.cross_entropy(student_logits, labels) + self.weight * relation
+        return self.ce_weight * F.cross_entropy(logits, labels) + self.weight * relation

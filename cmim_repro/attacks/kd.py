@@ -8,13 +8,17 @@ __all__ = ['KD']
 # %% ../../nbs/attacks/01_kd.ipynb #e1bad522
 import torch.nn.functional as F
 
-from .core import Attack, attack, check_soft, soft_kl, soften
+from .core import attack, check_soft, soft_kl
+from ..lab.losses import Loss
+from ..theory.distributions import power_transform
 
 # %% ../../nbs/attacks/01_kd.ipynb #e51fd339
 @attack.register('kd', variants={'authors': {'reduction': 'elemmean'}, 'paper': {}},
                  paper={'*': {'weight': .9, 'temperature': 4.}, 'imagenet': {'temperature': 1.}})
-class KD(Attack):
+class KD(Loss):
     "Distillation (Hinton et al., 2015): (1 - weight) CE + weight T^2 KL(teacher at T || student at T)."
+    needs_teacher = True
+
     def __init__(self,
         weight: float=.9, # Of the soft term, lambda; the cross-entropy has the rest
         temperature: float=4., # T; alpha = 1/T in the paper
@@ -24,7 +28,8 @@ class KD(Attack):
         check_soft(temperature, reduction, high=1, weight=weight)
         self.weight, self.temperature, self.reduction = float(weight), float(temperature), reduction
 
-    def loss(self, student_logits, teacher_log_probs, labels, epoch):
+    def loss(self, logits, teacher_log_probs, labels, epoch):
         T = self.temperature
-        soft = soft_kl(soften(teacher_log_probs, T), soften(student_logits, T), self.reduction)
-        return (1 - self.weight) * F.cross_entropy(student_logits, labels) + self.weight * T**2 * soft
+        teacher, student = (power_transform(x, temperature=T) for x in (teacher_log_probs, logits))
+        soft = soft_kl(teacher, student, self.reduction)
+        return (1 - self.weight) * F.cross_entropy(logits, labels) + self.weight * T**2 * soft

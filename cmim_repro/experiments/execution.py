@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROOM', 'load_data', 'make_method', 'make_network', 'answers_of', 'released', 'keep_answers', 'TransferSet',
-           'query_data', 'agreed', 'run_cohort', 'execute', 'complaints', 'settled', 'log_progress', 'read_settings',
-           'read_plan', 'main']
+           'query_data', 'run_cohort', 'execute', 'complaints', 'settled', 'log_progress', 'read_settings', 'read_plan',
+           'main']
 
 # %% ../../nbs/experiments/05_execution.ipynb #b550767a
 import argparse
@@ -29,8 +29,8 @@ from .runs import Plan, canonical, chain_answers, registry_of, run_from_dict
 from .store import Store, provenance
 from ..lab.data.core import batch_places, dataset, rank_share, step_count
 from ..lab.models.core import model
-from ..lab.training import Learner, Settings, initialised, join_processes, train
-from ..theory.objective import gather_over_processes, process_rank, processes
+from ..lab.training import Learner, Settings, initialised, train
+from ..lab.processes import agreed, gather_over_processes, join_processes, process_rank, processes
 
 # %% ../../nbs/experiments/05_execution.ipynb #5e033ee9
 @lru_cache(maxsize=4)
@@ -174,16 +174,6 @@ def query_data(
         source = dataset('folder', path=name, image_shape=data.image_shape, mean=data.mean, std=data.std,
                          device=data.device)
     return TransferSet(data, source, choose_queries(source.size('train'), budget, run.seed))
-
-# %% ../../nbs/experiments/05_execution.ipynb #acf32297
-def agreed(
-    make, # Called without arguments, in the first process only
-):
-    "What `make()` returned there, in every process; whoever is early waits."
-    if processes() == 1: return make()
-    box = [make() if process_rank() == 0 else None]
-    dist.broadcast_object_list(box)
-    return box[0]
 
 # %% ../../nbs/experiments/05_execution.ipynb #2205dbc9
 def _learner(run, data, store):

@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'Profile', 'profile', 'names', 'parse_overrides', 'narrowed', 'selection_rule', 'Entry', 'protected',
-           'attacked', 'smoothed', 'choice_label', 'candidates', 'check_parameters', 'repeat_command', 'table1_entries']
+           'attacked', 'smoothed', 'choice_label', 'candidates']
 
 # %% ../../nbs/experiments/03_profiles.ipynb #482f3cbe
-import inspect
 import os
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -255,7 +253,7 @@ def protected(
     seed: int, # Of its training
 )->Run:
     "The run of a protected model; releases and NT start from the cross-entropy model with the same seed."
-    needs = kind_of(defense) == 'release' or getattr(objective.entry(defense), 'needs_teacher', False)
+    needs = kind_of(defense) == 'release' or objective.entry(defense).needs_teacher
     normal = _make_teacher(task, 'ce', network, seed) if needs else None
     return _make_teacher(task, defense, network, seed, normal)
 
@@ -304,52 +302,3 @@ def candidates(
         open_ = {option: value for option, value in choice.items() if option not in fixed}
         found[choice_label(open_)] = open_
     return list(found.values())
-
-# %% ../../nbs/experiments/03_profiles.ipynb #c547e55f
-def check_parameters(
-    variables: Mapping, # globals() of the notebook, right after its parameters
-    accepted, # Names of the parameters
-):
-    "Refuse variables that are not parameters of the notebook; what the shell itself puts there is none of ours."
-    for name, value in variables.items():
-        ours = not (name.startswith('_') or name in ('In', 'Out') or callable(value) or inspect.ismodule(value))
-        if ours: check_choice('parameter', name, accepted)
-
-
-_SHOWN = {**dict.fromkeys(('data_sets', 'defenses', 'attacks', 'networks', 'values', 'weights', 'classes',
-                           'simplex_classes', 'overrides', 'selection'), ''),
-          'seeds': 0, 'epochs': 0, 'protocol': 'last', 'steps': 0, 'passes': 3}
-
-
-def repeat_command(
-    notebook: str, # Its name, for example run_table1
-    profile: str, # The profile's name
-    variables: Mapping, # globals() of the notebook
-)->str:
-    "The papermill command that makes the same again: with every parameter that chose what is shown."
-    words = [word for name, own in _SHOWN.items() if variables.get(name, own) != own
-             for word in ('-p', name, str(variables[name]))]
-    return shlex.join(['papermill', f'nbs/{notebook}.ipynb', 'OUT.ipynb', '-p', 'profile', profile, *words])
-
-# %% ../../nbs/experiments/03_profiles.ipynb #6e005f08
-def table1_entries(
-    chosen: Profile, # A profile, perhaps narrowed
-    reference: bool=True, # Add the undefended cross-entropy row
-)->list:
-    "All `Entry`s of Table 1: protected models, their students under every attack, and the students' own smoothing."
-    entries = []
-    for task in chosen.tasks:
-        for seed in range(chosen.seeds):
-            rows = [(d, t, s) for d in ([*(['ce'] if reference else []), *task.defenses]) for t, s in task.pairs]
-            for defense, network, student in dict.fromkeys(rows):
-                teacher = protected(task, defense, network, seed)
-                entries.append(Entry(task.data, defense, network, '', 'model', '', seed, teacher))
-                for method in task.attacks:
-                    for choice in candidates(task, method, student):
-                        run, label = attacked(task, method, student, teacher, **choice), choice_label(choice)
-                        entries.append(Entry(task.data, defense, network, student, method, label, seed, run))
-                for epsilon in task.epsilons:
-                    run = smoothed(task, student, epsilon, seed)
-                    label = choice_label({'epsilon': epsilon})
-                    entries.append(Entry(task.data, defense, network, student, 'ls', label, seed, run))
-    return list(dict.fromkeys(entries))

@@ -121,7 +121,7 @@ def make_run(
     registry = registry_of(method)
     options = registry.options(method, variant, **options)
     data_options = dataset.options(data, **(data_options or {}))
-    needs_teacher = kind_of(method) != 'training' or getattr(registry.entry(method), 'needs_teacher', False)
+    needs_teacher = kind_of(method) != 'training' or registry.entry(method).needs_teacher
     if needs_teacher and teacher is None: raise Invalid(f'{method} needs a teacher: the run whose answers it works on.')
     if not needs_teacher and teacher is not None: raise Invalid(f'{method} is trained on its own; it takes no teacher.')
     if kind_of(method) == 'release':

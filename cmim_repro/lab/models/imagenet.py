@@ -33,6 +33,7 @@ def _imagenet(name, pretrained, num_classes):
 def _file(name):
     @network(f"imagenet_{name.replace('_', '')}", smallest=32, channels=3)
     def build(pretrained=False, num_classes=1000, image_shape=(3, 224, 224)):
+        "torchvision's network, with its published weights if `pretrained`."
         return _imagenet(name, pretrained, num_classes)
 
 
