@@ -27,7 +27,8 @@ def test_counts_are_the_plans(paper):
     for data, row in found.data_sets.set_index('data').iterrows():
         runs = [run for run in plan.runs if data in (run.data, 'all')]
         cohorts = [cohort for cohort in plan.cohorts() if data in (cohort[0].data, 'all')]
-        assert (row['runs'], row['cohorts'], row['depth']) == (len(runs), len(cohorts), 1 + max(run.depth for run in runs))
+        depth = 1 + max(run.depth for run in runs)
+        assert (row['runs'], row['cohorts'], row['depth']) == (len(runs), len(cohorts), depth)
     for _, row in found.depths.iterrows():
         runs = [run for run in plan.runs if run.data == row['data'] and run.depth == row['depth']]
         assert row['runs'] == len(runs) == row['trainings'] + row['releases'] + row['attacks']

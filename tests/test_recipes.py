@@ -1,4 +1,4 @@
-"Recipes and weights chosen by name: what `recipe=...`, `pretrained=True` and changes of single numbers make of the paper's plan."
+"Recipes and weights chosen by name, and changes of single numbers: what they make of the paper's plan."
 import functools
 
 import pytest
@@ -62,8 +62,8 @@ def test_one_number_of_a_recipe(text, field, value, whom):
 def test_one_option_of_a_method():
     before, after = (runs(text, data_sets='cifar100', defenses='cmim', networks='vgg16:vgg11')
                      for text in ('', 'kd.temperature=1'))
-    assert {key[3] for key in before if before[key] != after[key]} == {'kd'} and after['cifar100', 'cmim', 'vgg16',
-                                                                                       'kd', 'vgg11', ''].options['temperature'] == 1
+    assert {key[3] for key in before if before[key] != after[key]} == {'kd'}
+    assert after['cifar100', 'cmim', 'vgg16', 'kd', 'vgg11', ''].options['temperature'] == 1
 
 
 def test_published_weights_make_another_teacher_and_nothing_else(monkeypatch):
@@ -78,11 +78,11 @@ def test_published_weights_make_another_teacher_and_nothing_else(monkeypatch):
             for run in loaded] == [('ce', 'imagenet_resnet34', Recipe(), 0)]
     saved = torchvision.models.resnet34(num_classes=1000).state_dict()
     asked = []
-    monkeypatch.setattr('torchvision.models._api.load_state_dict_from_url', lambda url, *_, **__: asked.append(url)
-                        or saved)
+    fetched = 'torchvision.models._api.load_state_dict_from_url'
+    monkeypatch.setattr(fetched, lambda url, *_, **__: asked.append(url) or saved)
     net = model(loaded[0].model, **loaded[0].model_options, num_classes=1000, image_shape=(3, 224, 224))
-    assert asked == [torchvision.models.ResNet34_Weights.IMAGENET1K_V1.url] and all(torch.equal(v, saved[k])
-                                                                                    for k, v in net.state_dict().items())
+    assert asked == [torchvision.models.ResNet34_Weights.IMAGENET1K_V1.url]
+    assert all(torch.equal(value, saved[name]) for name, value in net.state_dict().items())
     students = {run.model for run in plan.runs if run.kind == 'attack'}
     assert students == {'imagenet_resnet18', 'imagenet_mobilenetv2'}
     assert not any(run.model_options['pretrained'] for run in plan.runs if run.kind == 'attack'

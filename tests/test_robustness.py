@@ -1,4 +1,4 @@
-"""What goes wrong outside the program: one clear sentence, an exit code that is not zero, and nothing finished is lost."""
+"""What goes wrong outside the program: one clear sentence, an exit code above zero, and nothing finished is lost."""
 import json
 import resource
 import subprocess

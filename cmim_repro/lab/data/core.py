@@ -224,13 +224,13 @@ SPLITS, AUGMENTS = ('train', 'held_out', 'test'), ('none', 'standard')
 class Facts:
     "What is known about a data set beside its images."
     name: str # Public name
-    class_names: list # One name a class
+    class_names: list # A name for each class
     mean: tuple # Mean of each channel, of pixels in 0..1
     std: tuple # Standard deviation of each channel
     augmentation: tuple = () # The steps of 'standard' augmentation
     superclasses: list|None = None # Index of each class's group
     superclass_names: list|None = None # Name of each group
-    wordnet_ids: list|None = None # One id a class
+    wordnet_ids: list|None = None # An id for each class
     checksum: dict|None = None # File to 'sha256:...'
     verified: bool = True # Are these the published files?
 
@@ -489,7 +489,7 @@ def open_image(
 
 # %% ../../../nbs/lab/data/00_core.ipynb #409615e0
 def listing_sum(
-    lines, # One a file: its name and what is known about it
+    lines, # One for each file: its name and what is known about it
 )->str:
     "SHA-256 of the lines in sorted order, each ended by a newline."
     return sha256(''.join(f'{line}\n' for line in sorted(lines)).encode())
@@ -501,9 +501,9 @@ def folders_in(
     "Names of the folders in it, sorted; `Unusable` when there are none."
     try: names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith('.'))
     except OSError as error:
-        raise Unusable(f'{path} cannot be read ({error.strerror}); it must hold one folder a class.') from error
+        raise Unusable(f'{path} cannot be read ({error.strerror}); it must hold a folder for each class.') from error
     if names: return names
-    raise Unusable(f'{path} holds no folders; it must hold one folder a class.')
+    raise Unusable(f'{path} holds no folders; it must hold a folder for each class.')
 
 
 def images_in(

@@ -221,7 +221,7 @@ def imagenet(
     allow_unverified=False, # Not needed: images are read safely; a tree of files has no sum, so `verified` is False
     download=True, # Not used: ImageNet cannot be downloaded freely
     device='cpu', # Where batches are wanted
-    workers=None, # Worker processes that read images; None for one a core
+    workers=None, # Worker processes that read images; None for one on each core
 ):
     "ImageNet, (3, 224, 224): images stay in their files and are decoded as they are needed."
     check_number('image_size', image_size, 8, integer=True)
