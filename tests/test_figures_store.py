@@ -6,28 +6,12 @@ import pandas as pd
 import pytest
 import torch
 
+from cmim_repro.exhibits import figure1, figure2, figure3, figure4, figure5, table10
 from cmim_repro.experiments.profiles import narrowed, profile
 from cmim_repro.experiments.store import Store
-from cmim_repro.experiments.studies_figures import STUDIES, figure_entries, figure_profile, study_entries, study_profile
-from cmim_repro.report.figure_data import (
-    class_frame,
-    cluster_frame,
-    defense_curves,
-    first_seed,
-    ls_reference,
-    model_outputs,
-    peak_frame,
-    peak_table,
-    save_picture,
-    simplex_frame,
-    sweep_frame,
-    sweep_parts,
-    sweep_results,
-    sweep_summary,
-    table10,
-)
-from cmim_repro.report.figures import sweep_figure
-from cmim_repro.report.tables import model_curves
+from cmim_repro.report.figures import save_picture
+from cmim_repro.report.models import first_seed, model_curves, model_outputs
+from cmim_repro.report.sweeps import ls_reference, sweep_frame, sweep_pictures, sweep_summary
 
 ALPHAS = torch.linspace(0, 4, 17).tolist()
 LABELS = torch.arange(80) % 10
@@ -51,16 +35,15 @@ def change(store, run, **values):
 
 @pytest.fixture
 def models(tmp_path):
-    store, entries = Store(tmp_path/'store'), figure_entries(figure_profile(narrowed(profile('smoke'), seeds=2), 2))
+    store, entries = Store(tmp_path/'store'), figure2.entries(narrowed(profile('smoke'), seeds=2))
     for e in entries: write(store, e.run, .9)
     return store, entries
 
 
-@pytest.fixture(params=['beta', 'N', 'omega'])
+@pytest.fixture(params=[figure4, figure5, table10], ids=['beta', 'N', 'omega'])
 def study(request, tmp_path):
-    study, store = STUDIES[request.param], Store(tmp_path/'store')
-    chosen = study_profile(narrowed(profile('smoke'), seeds=3), study)
-    entries = study_entries(chosen, study, study.values['smoke'], naive=(False, True) if request.param == 'omega' else (False,))
+    study, store = request.param.STUDY, Store(tmp_path/'store')
+    entries = request.param.entries(profile('smoke'), seeds=3)
     for i, run in enumerate(dict.fromkeys(e.run for e in entries)): write(store, run, .5 + .001*i)
     return study, store, entries
 
@@ -69,10 +52,11 @@ def data_of(store, entries):
     "The data of Figures 1, 2 and 3."
     outputs = model_outputs(entries, store)
     [(key, found)] = outputs.items()
-    curves = model_curves(entries, store, ALPHAS)
-    return {'figure1': class_frame(found['ce'], [0, 1, 2], ALPHAS), 'peaks': peak_frame(found['ce'], [0, 1, 2]),
-            'figure2': simplex_frame(first_seed(found), [0, 1, 2]), 'clusters': cluster_frame(simplex_frame(first_seed(found), [0, 1, 2])),
-            'figure3': pd.DataFrame({d: v.mean(0) for d, v in curves[key].items()}), 'tops': peak_table(curves, ALPHAS)}
+    curves = model_curves(outputs, ALPHAS)
+    return {'figure1': figure1.class_frame(found['ce'], [0, 1, 2], ALPHAS), 'peaks': figure1.peak_frame(found['ce'], [0, 1, 2]),
+            'figure2': figure2.simplex_frame(first_seed(found), [0, 1, 2]),
+            'clusters': figure2.cluster_frame(figure2.simplex_frame(first_seed(found), [0, 1, 2])),
+            'figure3': pd.DataFrame({d: v.mean(0) for d, v in curves[key].items()}), 'tops': figure3.peak_table(curves, ALPHAS)}
 
 
 def test_one_changed_output_changes_figures_1_2_3(models):
@@ -104,16 +88,15 @@ def test_a_deleted_model_is_left_out_of_figures_1_2_3(models):
     for name in ('figure2', 'clusters', 'tops'): assert set(gone[name]['defense']) == {'ce', 'cmim'}, name
     assert list(gone['figure3']) == ['ce', 'cmim'] and np.allclose(gone['figure3']['cmim'], before['figure3']['cmim'])
     for e in entries: store.forget(e.run)
-    assert model_outputs(entries, store) == {} and model_curves(entries, store, ALPHAS) == {}
-    assert peak_table({}, ALPHAS).empty
+    assert model_outputs(entries, store) == {} and model_curves({}, ALPHAS) == {}
+    assert figure3.peak_table({}, ALPHAS).empty
 
 
 def drawn(study, store, entries):
     "What Figure 4 or 5 draws: the means joined, the single runs, the dashed line."
-    frame = sweep_frame(entries, store, study.option)
-    frame = frame[~frame['naive_exp']]
-    [(key, part)] = sweep_parts(frame).items()
-    lines = sweep_figure(sweep_results(part, study.option), study.symbol, ls_reference(entries, store).get((key[0], key[2]))).axes[0].get_lines()
+    stable = [e for e in entries if not (e.run.teacher and e.run.teacher.options.get('naive_exp'))]
+    [picture] = sweep_pictures(stable, store, study).values()
+    lines = picture.figure.axes[0].get_lines()
     means = next(line for line in lines if str(line.get_label()).startswith('mean of'))
     return dict(zip(means.get_xdata(), means.get_ydata(), strict=True)), sum(len(line.get_xdata()) for line in lines if line.get_marker() == '.')
 
@@ -164,14 +147,13 @@ def test_teacher_columns_of_a_sweep_follow_the_store(study):
 
 
 def test_table10_counts_divergence_and_leaves_missing_runs_empty(tmp_path):
-    study, store = STUDIES['omega'], Store(tmp_path/'store')
-    entries = study_entries(study_profile(narrowed(profile('smoke'), seeds=3), study), study, (1., 25., 200.), naive=(True, False))
+    store, entries = Store(tmp_path/'store'), table10.entries(profile('smoke'), '1, 25, 200', seeds=3)
     def is_lost(run): return run.method == 'cmim' and run.options['naive_exp'] and run.options['omega'] == 200
     for run in dict.fromkeys(e.run for e in entries):
         if is_lost(run): store.start(run); store.give_up(run, 'the loss is not finite', 1, {})
         elif not (run.teacher and is_lost(run.teacher)): write(store, run, .6 + .01*run.seed)
     def cells():
-        return {row[0][-1]: row[1] for row in table10(sweep_frame(entries, store, 'omega')).rows}
+        return {row[0][-1]: row[1] for row in table10.draw(entries, store).rows}
     assert cells() == {'as printed': ('72.65', '72.53', 'NaN'), 'naive exponential': ('61.00 ± 1.00 (3)', '61.00 ± 1.00 (3)', 'NaN, 3 of 3 diverged'),
                        'logsumexp': ('61.00 ± 1.00 (3)',)*3}
     naive = [e.run for e in entries if e.column == 'kd' and e.run.teacher.options['naive_exp'] and e.run.teacher.options['omega'] == 25]
@@ -187,7 +169,8 @@ def test_table10_counts_divergence_and_leaves_missing_runs_empty(tmp_path):
 
 def test_the_same_store_gives_the_same_files(models, tmp_path):
     store, entries = models
-    [(_, curves)] = model_curves(entries, store, ALPHAS).items()
-    data = data_of(store, entries)['tops']
-    first, second = ([p.read_bytes() for p in save_picture(defense_curves(ALPHAS, curves, 'Figure 3'), data, 'a note', tmp_path/name/'figure3')] for name in 'ab')
+    def written(name):
+        [picture] = figure3.draw(entries, store).values()
+        return [p.read_bytes() for p in save_picture(picture, 'a note', tmp_path/name/'figure3')]
+    first, second = written('a'), written('b')
     assert first == second and len(first) == 4

@@ -16,8 +16,9 @@ SHOWN = [(text, name) for text in (README, NOTEBOOK) for name in re.findall(r'<!
 
 @pytest.mark.parametrize('text, name', SHOWN, ids=[name for _, name in SHOWN])
 def test_tables_are_the_committed_ones(text, name):
-    shown = text.split(f'<!-- {name} -->')[1].split('<!-- end -->')[0].strip()
-    assert shown == (ROOT/name).read_text().strip()
+    "Word by word: prose is wrapped at another width here and there."
+    shown = text.split(f'<!-- {name} -->')[1].split('<!-- end -->')[0]
+    assert shown.split() == (ROOT/name).read_text().split()
 
 
 def test_numbers_of_the_prose_are_those_of_the_files():

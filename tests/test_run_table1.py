@@ -8,8 +8,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cmim_repro.experiments.profiles import repeat_command
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -40,7 +38,8 @@ def test_table_from_nothing_and_again_from_the_store(tmp_path):
 @pytest.mark.parametrize('parameters, words', [
     pytest.param([('profle', 'quick')], "Unknown parameter 'profle'; accepted: profile", marks=pytest.mark.slow),
     pytest.param([('profile', 'fast')], "Unknown profile 'fast'; accepted: smoke, quick, mini, paper", marks=pytest.mark.slow),
-    ([('profile', 'mini')], 'has no train and no test')], ids=['parameter', 'profile', 'data'])
+    pytest.param([('workers', 'two')], "workers is 'two'; it must be a whole number.", marks=pytest.mark.slow),
+    ([('profile', 'mini')], 'has no train and no test')], ids=['parameter', 'profile', 'workers', 'data'])
 def test_bad_parameters_end_with_one_sentence(tmp_path, parameters, words):
     if parameters == [('profile', 'mini')]: (tmp_path/'empty').mkdir(); parameters = [*parameters, ('data_root', tmp_path/'empty'), ('workers', 1)]
     found = papermill(tmp_path, *parameters)
@@ -48,22 +47,3 @@ def test_bad_parameters_end_with_one_sentence(tmp_path, parameters, words):
     outputs = [o for cell in json.loads((tmp_path/'out.ipynb').read_text())['cells'] for o in cell.get('outputs', []) if o['output_type'] == 'error']
     assert len(outputs) == 1 and words in outputs[0]['evalue']
     assert len([line for line in outputs[0]['traceback'] if line.strip()]) == 1
-
-
-def test_notebooks_for_papermill_keep_their_parameters_tag():
-    for path in (ROOT/'nbs').glob('run_*.ipynb'):
-        tags = [cell['metadata'].get('tags', []) for cell in json.loads(path.read_text())['cells']]
-        assert tags.count(['parameters']) == 1, path.name
-
-
-PLACES = {'profile', 'data_root', 'allow_unverified', 'store', 'executor', 'device', 'workers', 'run_settings', 'throughput', 'figures', 'plan_only', 'again'}
-
-
-def test_the_command_names_every_parameter_that_chooses_what_is_shown():
-    for path in (ROOT/'nbs').glob('run_*.ipynb'):
-        [cell] = [cell for cell in json.loads(path.read_text())['cells'] if 'parameters' in cell['metadata'].get('tags', [])]
-        own = {}
-        exec(''.join(cell['source']), {}, own)
-        plain = repeat_command(path.stem, 'quick', own)
-        assert plain == f'papermill nbs/{path.name} OUT.ipynb -p profile quick', path.name
-        for name in own.keys() - PLACES: assert repeat_command(path.stem, 'quick', {**own, name: 'other'}) == f'{plain} -p {name} other', path.name

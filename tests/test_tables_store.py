@@ -3,17 +3,18 @@ import json
 import re
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 
 from cmim_repro.core import keyed_generator
-from cmim_repro.experiments.profiles import narrowed, profile, table1_entries
+from cmim_repro.exhibits.table9 import timed_runs
+from cmim_repro.experiments.profiles import narrowed, profile
 from cmim_repro.experiments.store import Store
-from cmim_repro.experiments.studies_tables import model_entries, paired_entries, spread_entries
-from cmim_repro.report.formats import Cell, to_csv, to_html, to_latex, to_markdown
-from cmim_repro.report.protected import entropies, table_accuracy, table_entropy, table_gains, table_paired, table_spread, table_times, timed_runs
-from cmim_repro.report.tables import chosen, plain_text, results_frame, table1, table_models
+from cmim_repro.report.formats import Cell, to_csv, to_html, to_latex, to_markdown, to_text
+from cmim_repro.report.models import table_accuracy
+from cmim_repro.report.results import chosen, results_frame, student_entries
 
 SMALL = narrowed(profile('smoke'), seeds=3, attacks='kd dist', overrides='epsilons=0.1')
 SPLITS = ('test', 'train')
@@ -27,7 +28,13 @@ class Kind:
     places: object # entry -> [(labels, column)]
 
 
-def picked(make, entries, store, *more): return make(chosen(results_frame(entries, store), 'paper'), *more)
+def picked(make, entries, store): return make(chosen(results_frame(entries, store), 'paper'))
+
+
+def kind(number, place, store=False, **asked):
+    "A table of the paper, drawn from its lines or, with `store`, from entries and store."
+    module = import_module(f'cmim_repro.exhibits.table{number}')
+    return Kind(module.entries(SMALL, **asked), module.draw if store else partial(picked, module.draw), place)
 
 
 def model_place(e): return [((e.data, e.teacher_model), e.defense)] if e.column == 'model' else []
@@ -46,16 +53,10 @@ def paired_place(e): return [((e.data, e.teacher_model, e.student_model, 'LS' if
 
 
 TABLES = {
-    '1': Kind(table1_entries(SMALL), partial(picked, table1), student_place),
-    'models': Kind(table1_entries(SMALL), partial(picked, table_models), model_place),
-    '2': Kind(model_entries(SMALL, 2), lambda e, s: picked(table_accuracy, e, s, 2), model_place),
-    '3': Kind(model_entries(SMALL, 3), lambda e, s: picked(table_accuracy, e, s, 3), model_place),
-    '4': Kind(model_entries(SMALL, 4), lambda e, s: table_entropy(entropies(e, s)), entropy_place),
-    '5': Kind(model_entries(SMALL, 5), lambda e, s: picked(table_gains, e, s, 5), model_place),
-    '6': Kind(model_entries(SMALL, 6), lambda e, s: picked(table_gains, e, s, 6), model_place),
-    '7': Kind(spread_entries(SMALL), partial(picked, table_spread), spread_place),
-    '8': Kind(paired_entries(narrowed(SMALL, defenses='cmim', attacks='dist')), partial(picked, table_paired), paired_place),
-    '9': Kind(model_entries(SMALL, 9), table_times, lambda e: []),
+    '1': kind(1, student_place), 'models': Kind(student_entries(SMALL), partial(picked, table_accuracy), model_place),
+    '2': kind(2, model_place), '3': kind(3, model_place), '4': kind(4, entropy_place, store=True), '5': kind(5, model_place),
+    '6': kind(6, model_place), '7': kind(7, spread_place), '8': kind(8, paired_place, seeds=3),
+    '9': kind(9, lambda e: [], store=True),
 }
 RUN_TABLES = [name for name in TABLES if name != '9']
 TEACHER, STUDENT = SMALL.tasks[0].pairs[0]
@@ -162,7 +163,7 @@ def test_empty_store_gives_a_table_of_empty_cells(tmp_path, name):
     table = kind.make(kind.entries, Store(tmp_path))
     found = [cell for row in table.rows if not isinstance(row, str) for cell in row[1]]
     assert found and all(cell.mean is None and cell.n == 0 if isinstance(cell, Cell) else not cell for cell in found)
-    for write in (to_csv, to_html, to_latex, to_markdown, plain_text): assert write(table)
+    for write in (to_csv, to_html, to_latex, to_markdown, to_text): assert write(table)
 
 
 def test_deleted_measurement_empties_table_9(store):

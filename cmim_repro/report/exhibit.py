@@ -138,7 +138,7 @@ def selection_rule(
                           "use selection 'paper' or the override held_out=0.1.")
     return rule
 
-# %% ../../nbs/report/09_exhibit.ipynb #0e4bdab2
+# %% ../../nbs/report/09_exhibit.ipynb #ab793ed1
 class Exhibit:
     "A table or figure while its notebook runs."
     OFFERED = ('profile', 'store', 'settings', 'entries', 'frame', 'picked', 'selection', 'protocol', 'load', 'number',
@@ -166,11 +166,6 @@ class Exhibit:
         "The data set of a run, on the device."
         p = self.parameters
         return load_data(run, p['data_root'] or None, p['allow_unverified'], self.settings.resolve())
-
-    @cached_property
-    def selection(self):
-        asked = self.parameters.get('selection', 'paper')
-        return selection_rule(asked, self.profile.name, self.entries)
 
     @cached_property
     def frame(self): return results_frame(self.entries, self.store)
@@ -221,7 +216,7 @@ def tell(
     "Show something in the notebook and in the terminal that runs it."
     display({'text/plain': TOLD + text, 'text/html': page}, raw=True)
 
-# %% ../../nbs/report/09_exhibit.ipynb #775c7a74
+# %% ../../nbs/report/09_exhibit.ipynb #5ccdc3cf
 @patch_to(Exhibit)
 def plan(self,
     entries, # Function that says what must be run
@@ -231,7 +226,7 @@ def plan(self,
     "Find out what must be run, and show it."
     self.entries, self._note = self.give(entries), note
     plan = Plan.of([e.run for e in self.entries]).check()
-    self.selection # refuses rules that cannot be followed before anything is computed
+    self.selection = selection_rule(self.parameters.get('selection', 'paper'), self.profile.name, self.entries)
     if describe:
         text = self.give(describe)
         return tell(text, f'<pre>{text}</pre>')

@@ -107,7 +107,7 @@ def _watch(stop, copy, tell, every=30.):
         said = line
     stop()
 
-# %% ../../nbs/report/10_page.ipynb #efcb3069
+# %% ../../nbs/report/10_page.ipynb #46aaf2d5
 def _execute(source, copy, parameters, tell):
     "Run a notebook in this process; a signal ends it with all that it has started."
     import papermill
@@ -152,7 +152,7 @@ def draw(
         sentence = failure(read_notebook(copy)) or (str(error).strip().splitlines() or [type(error).__name__])[-1]
     if copy.exists(): atomic_write(place, copy.read_bytes())
     if sentence: atomic_write(mark, sentence + '\n')
-    else: mark.unlink()
+    else: mark.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     tell(f'failed: {sentence}' if sentence else f'done in {(time.monotonic() - started)/60:.1f} min')
     return sentence
