@@ -17,7 +17,7 @@ ASKED := $(if $(filter tables,$(MAKECMDGOALS)),$(TABLES)) $(if $(filter figures,
   $(if $(filter beyond,$(MAKECMDGOALS)),$(BEYOND))
 
 .DEFAULT_GOAL := help
-.PHONY: help install table1 tables figures beyond gallery page FORCE test notebooks pytest slow lint export cost lab
+.PHONY: help install table1 tables figures beyond gallery page FORCE test notebooks pytest slow lint export outputs cost lab
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -70,11 +70,14 @@ slow: install ## tests that take more than half a minute each: graph capture of 
 	$(BIN)/python -m pytest -q -m slow -n 2 --dist worksteal
 
 lint: install ## ruff on notebooks, package and tests
-	$(BIN)/ruff check nbs cmim_repro tests
+	$(BIN)/ruff check nbs cmim_repro tests .ci
 
 export: install ## write the package from the notebooks and clean them
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
+
+outputs: install ## execute notebooks from top to bottom and keep what they show; NOTEBOOKS="nbs/..." names some
+	$(BIN)/python .ci/outputs.py make $(NOTEBOOKS)
 
 cost: install ## time of a training step, CMIM beside cross-entropy
 	$(BIN)/python -m cmim_repro.experiments.cost --networks cnn_small resnet18

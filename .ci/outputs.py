@@ -1,9 +1,9 @@
 """Execute notebooks from top to bottom, keep what they show, and remember which code showed it.
 
-    python .ci/outputs.py make [NOTEBOOK ...]    execute (all, or those named), clean, and note the digest of their code
-    python .ci/outputs.py stale                  name the notebooks whose outputs are older than their code; exit code 1 if any
+    python .ci/outputs.py make [NOTEBOOK ...]    execute (all, or those named), clean, note the digest of their code
+    python .ci/outputs.py stale                  name the notebooks whose outputs are older than their code
 
-Run notebooks (nbs/run_*.ipynb) are executed in the profile quick, from the store data/runs; all others in the profile smoke.
+Run notebooks (nbs/run_*.ipynb) are executed in the profile quick, from the store data/runs; all others in smoke.
 """
 import argparse
 import csv
@@ -40,7 +40,8 @@ def digest(notebook):
 def noted():
     "Notebook to the digest of the code that made its outputs."
     if not NOTED.exists(): return {}
-    with open(NOTED, encoding='utf-8', newline='') as file: return {row['notebook']: row['code'] for row in csv.DictReader(file)}
+    with open(NOTED, encoding='utf-8', newline='') as file:
+        return {row['notebook']: row['code'] for row in csv.DictReader(file)}
 
 
 def write_noted(digests):
@@ -59,13 +60,12 @@ def environment(path, folder):
 def settled(output):
     "An output without what differs from one execution to the next: random ids of tables."
     def plain(text): return re.sub(r'\bT_[0-9a-f]{5}', 'T_table', text)
-    data = {kind: [plain(t) for t in value] if isinstance(value, list) else plain(value) if isinstance(value, str) else value
-            for kind, value in output.get('data', {}).items()}
+    data = {kind: plain(value) if isinstance(value, str) else value for kind, value in output.get('data', {}).items()}
     return {**output, 'data': data} if 'data' in output else output
 
 
 def execute(path):
-    "Execute one notebook in a kernel of its own, in its folder; its new outputs are written into it. A sentence if it failed."
+    "Execute one notebook in a kernel of its own, in its folder, and keep its outputs; a sentence if it failed."
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
@@ -73,9 +73,10 @@ def execute(path):
     run = nbformat.from_dict(notebook)
     run.cells = [cell for cell in notebook.cells if cell.cell_type == 'code' and not SKIPPED.search(cell.source)]
     with tempfile.TemporaryDirectory(prefix='cmim-outputs-') as folder:
-        client = NotebookClient(run, timeout=3600, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}})
+        place = {'metadata': {'path': str(path.parent)}}
+        client = NotebookClient(run, timeout=3600, kernel_name='python3', resources=place)
         try: client.execute(env=environment(path, folder))
-        except CellExecutionError as error: return f'{error.ename}: {error.evalue.splitlines()[0] if error.evalue else ""}'
+        except CellExecutionError as error: return f'{error.ename}: {(error.evalue or " ").splitlines()[0]}'
     outputs = [output for cell in run.cells for output in cell.outputs]
     told = [o['text'] for o in outputs if o['output_type'] == 'stream' and o['name'] == 'stderr']
     if told: return f'it writes to standard error: {told[0].strip().splitlines()[0]}'
@@ -102,8 +103,10 @@ def make(paths):
 def stale():
     known = noted()
     names = {path.relative_to(ROOT).as_posix(): path for path in notebooks()}
-    old = [name for name, path in names.items() if known.get(name) != digest(json.loads(path.read_text(encoding='utf-8')))]
-    for name in old: print(f'{name}: its outputs are older than its code; make outputs NOTEBOOKS={name}', file=sys.stderr)
+    def code(path): return digest(json.loads(path.read_text(encoding='utf-8')))
+    old = [name for name, path in names.items() if known.get(name) != code(path)]
+    for name in old:
+        print(f'{name}: its outputs are older than its code; make outputs NOTEBOOKS={name}', file=sys.stderr)
     return 1 if old else 0
 
 

@@ -41,7 +41,7 @@ def class_curves(
     powers = torch.as_tensor(alphas, dtype=torch.float64).expand(log_probs.shape[1], -1)
     return tuple(f(log_probs, labels, powers)[list(classes)].numpy() for f in (class_cmi, cmi_derivative))
 
-
+# %% ../../nbs/run_figure1.ipynb #84112d16
 def maximising_powers(
     log_probs: torch.Tensor, # Log-probabilities, (B, C)
     labels: torch.Tensor, # Class indices, (B,)

@@ -87,7 +87,7 @@ def clusters_by_power(entries, store, load, classes='')->pd.DataFrame:
     values = ['spread', 'off_corner']
     return found.pivot_table(index=['data', 'model', 'defense'], columns='alpha', values=values, sort=False)
 
-
+# %% ../../nbs/run_figure2.ipynb #3d377b7e
 def answer(entries, store, load, classes='')->Answer:
     "At power 4, are CMIM's clusters more concentrated and nearer to the corners than those of every other model?"
     found, readings, sentences = clusters(entries, store, load, classes), [], []

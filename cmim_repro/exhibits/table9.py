@@ -70,10 +70,11 @@ def _ratio(measured): return [b/a for a, b in zip(measured['seconds']['ce'], mea
 
 def _line(data, network, measured):
     paper, seconds = _printed(data, network), measured['seconds'] if measured else {'ce': [], 'cmim': []}
-    whole = [runs_cell([s*measured['epochs']/60 for s in seconds[m]], paper[m], digits=1) for m in paper]
+    epochs, images = (measured[key] if measured else 0 for key in ('epochs', 'images'))
+    whole = [runs_cell(np.multiply(seconds[m], epochs/60), paper[m], digits=1) for m in paper]
     over = runs_cell(_ratio(measured) if measured else [], paper['cmim']/paper['ce'] if paper['ce'] else None, digits=3)
     epoch = [runs_cell(seconds[m], digits=2) for m in paper]
-    speed = [runs_cell([measured['images']/s for s in seconds[m]], digits=0) for m in paper]
+    speed = [runs_cell(np.divide(images, seconds[m]), digits=0) for m in paper]
     return (data, network, measured['device_name'] if measured else 'not measured'), (*whole, over, *epoch, *speed)
 
 

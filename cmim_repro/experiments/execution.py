@@ -23,7 +23,6 @@ import torch.nn.functional as F
 
 from ..attacks.knockoff import choose_queries, transfer_source
 from ..core import Invalid, Unusable, check_choice, keyed_generator
-from ..defenses.core import release
 from .profiles import parse_overrides
 from .runs import Plan, canonical, chain_answers, registry_of, run_from_dict
 from .store import Store, provenance

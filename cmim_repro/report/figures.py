@@ -86,7 +86,7 @@ def _draw_curve(ax, alphas, values, name, look, width=1.5):
 
 
 def _peak_legend(fig, handles, peaks, end):
-    "The legend below: every largest CMI, the highest first, and its power where it is not the one that the title names."
+    "The legend below: the largest CMI of each, the highest first, and its power unless the title names it."
     powers = [at for _, at in peaks.values()]
     usual = max(powers, key=powers.count)
     shared = powers.count(usual) > 1
@@ -214,13 +214,18 @@ def _corner_names(classes, class_names): return [str(c) if class_names is None e
 # %% ../../nbs/report/03_figures.ipynb #2f1b97b4
 def _coordinates(models, classes, alphas):
     "For each power, the list over models and classes of (x, y), rounded to what a screen shows."
-    def one(log_probs, labels, alpha):
-        points, which = simplex_points(log_probs, labels, classes, alpha)
-        return [points[which == k].round(4) for k in range(3)]
-    return [[p for log_probs, labels in models.values() for p in one(log_probs, labels, alpha)] for alpha in alphas]
+    found = []
+    for alpha in alphas:
+        found.append([])
+        for log_probs, labels in models.values():
+            points, which = simplex_points(log_probs, labels, classes, alpha)
+            found[-1] += [points[which == k].round(4) for k in range(3)]
+    return found
 
 
-def _plain(points): return [[None if np.isnan(v) else float(v) for v in axis] for axis in points.T]
+def _plain(points):
+    "x and y as lists; None where there is no number."
+    return [np.where(np.isnan(axis), None, axis).tolist() for axis in points.T]
 
 # %% ../../nbs/report/03_figures.ipynb #69ed07c1
 def _panels(go, fig, names, corners):
@@ -241,9 +246,10 @@ def _panels(go, fig, names, corners):
 def _slider(alphas, coordinates, start, first):
     "A slider that moves the points; `first` is the number of traces before them."
     traces = list(range(first, first + len(coordinates[0])))
-    steps = [dict(method='restyle', label=f'{alpha:g}',
-                  args=[{'x': [_plain(p)[0] for p in points], 'y': [_plain(p)[1] for p in points]}, traces])
-             for alpha, points in zip(alphas, coordinates, strict=True)]
+    steps = []
+    for alpha, points in zip(alphas, coordinates, strict=True):
+        x, y = zip(*map(_plain, points), strict=True)
+        steps.append(dict(method='restyle', label=f'{alpha:g}', args=[{'x': list(x), 'y': list(y)}, traces]))
     return dict(active=start, currentvalue=dict(prefix='power α = '), steps=steps, pad=dict(t=40))
 
 # %% ../../nbs/report/03_figures.ipynb #ccaa2780

@@ -135,7 +135,7 @@ def _execute(source, copy, parameters, tell):
     papermill.execute_notebook(source, copy, parameters, progress_bar=False, log_output=True,
                                kernel_manager_class=Manager, extra_arguments=['--log-level=CRITICAL'])
 
-
+# %% ../../nbs/report/10_page.ipynb #1abd425f
 def draw(
     source, # Notebook of an exhibit
     place, # Where its executed copy goes
@@ -290,6 +290,9 @@ def _answer(path):
     except (OSError, ValueError): return None
 
 
+def _is_shown(part): return part.get('table') or part.get('picture')
+
+
 def on_shelf(
     shelf: Shelf, # Where from
     name: str, # table1, figure3 ...
@@ -298,7 +301,7 @@ def on_shelf(
     "What the shelf has of an item, for the template; None if nothing."
     found = files_of(shelf.folder, name)
     extras = {stem: files for prefix in EXTRAS.get(name, ()) for stem, files in files_of(shelf.folder, prefix).items()}
-    shown, more = ([p for p in _parts(files, home) if p.get('table') or p.get('picture')] for files in (found, extras))
+    shown, more = (list(filter(_is_shown, _parts(files, home))) for files in (found, extras))
     if not shown: return None
     path, wrong = executed_copy(shelf, name, Path(home)/'executed')
     links = _links(found, home) + ([('executed notebook', _href(path, home))] if path else [])

@@ -141,7 +141,8 @@ def provenance_note(
     command: str, # The command that makes the table
 )->str:
     "One paragraph: command, runs, seeds, devices, versions, revisions, and whether all data were verified."
-    results = [r for r in (store.result(run) for run in {e.run.id: e.run for e in entries}.values()) if r]
+    runs = {e.run.id: e.run for e in entries}
+    results = list(filter(None, map(store.result, runs.values())))
     if not results: return f'{command}: no finished run yet.'
     def each(key): return ', '.join(sorted({str(r.get(key, '?')) for r in results}))
     data = 'verified against the published checksums'
