@@ -18,17 +18,17 @@ def entries(profile, values='', **asked)->list:
     "`Entry`s of Figure 4: CMIM teachers, their students, and the student trained alone."
     return study_entries(profile, STUDY, values, **asked)
 
-# %% ../../nbs/run_figure4.ipynb #69ef61c3
-def draw(entries, store, selection, protocol)->dict:
+# %% ../../nbs/run_figure4.ipynb #ed2302be
+def draw(entries, store, selection='clean', protocol='last')->dict:
     "A picture for each data set, pair and attack."
     return sweep_pictures(entries, store, STUDY, selection, protocol)
 
 
-def summary(entries, store, protocol):
+def summary(entries, store, protocol='last'):
     "For each value: accuracies, n, and what the option does to the teacher."
     return sweep_summary(sweep_frame(entries, store, STUDY.option, protocol), STUDY.option).drop(columns='naive_exp')
 
 
-def answer(entries, store, protocol)->Answer:
+def answer(entries, store, protocol='last')->Answer:
     "Does the accuracy fall from the smallest value to the largest?"
     return falls(sweep_frame(entries, store, STUDY.option, protocol), STUDY.option)

@@ -61,13 +61,13 @@ def draw(entries, store, protocol='last')->Table:
                  ('Data set', 'Model', 'K-student', 'Attack', 'Exponential'), tuple(f'{v:g}' for v in values),
                  tuple(rows))
 
-# %% ../../nbs/run_table10.ipynb #5f168acd
-def summary(entries, store, protocol):
+# %% ../../nbs/run_table10.ipynb #be53d7eb
+def summary(entries, store, protocol='last'):
     "For each value and exponential: accuracies, n, divergence, and what omega does to the teacher."
     return sweep_summary(sweep_frame(entries, store, 'omega', protocol), 'omega')
 
 
-def sentences(entries, store, selection, protocol)->list:
+def sentences(entries, store, selection='clean', protocol='last')->list:
     "The student trained alone, the trends, and how many runs diverged."
     frame = sweep_frame(entries, store, 'omega', protocol)
     alone = [f'{label(student)} trained alone with label smoothing on {label(data)}: {accuracy:.2f}.'
@@ -76,7 +76,7 @@ def sentences(entries, store, selection, protocol)->list:
             for naive, part in frame.groupby('naive_exp')['diverged']]
     return [*alone, *sweep_trends(frame, 'omega'), *lost]
 
-# %% ../../nbs/run_table10.ipynb #0aa2d50c
+# %% ../../nbs/run_table10.ipynb #ecc4d050
 def _lowest(stable):
     "Readings of the values from 20 to 30 against all others, the lowest of them against each."
     runs = {omega: by_seed(part) for omega, part in stable.groupby('omega')}
@@ -90,7 +90,7 @@ def _lowest(stable):
                       f'lower than at {lower} and surely higher than at {higher} of {len(readings)} other values.')
 
 
-def answer(entries, store, protocol)->Answer:
+def answer(entries, store, protocol='last')->Answer:
     "Is the accuracy lowest at an omega from 20 to 30, and does the naive exponential diverge beyond 30?"
     frame = sweep_frame(entries, store, 'omega', protocol)
     readings, said = _lowest(frame[~frame['naive_exp']])
