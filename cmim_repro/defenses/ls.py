@@ -6,7 +6,6 @@
 __all__ = ['EPSILONS', 'LabelSmoothing']
 
 # %% ../../nbs/defenses/02_ls.ipynb #a0235d33
-import torch
 import torch.nn.functional as F
 
 from ..core import check_number
