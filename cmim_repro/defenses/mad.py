@@ -171,7 +171,7 @@ def project(
     budget: float, # Largest distance; rounds end within 1e-4 of it
     norm='l1', # l1 or l2
 )->torch.Tensor:
-    "Alternating projections on the ball around y and on the simplex, for each row until both hold, at most 100; (B, C)."
+    "Alternating projections on the ball around y and on the simplex, each row until both hold, at most 100; (B, C)."
     point, done = corner, torch.zeros_like(y[:, :1], dtype=torch.bool)
     for _ in range(100):
         point = torch.where(done, point, project_simplex(y + project_ball(point - y, budget, norm)))
