@@ -168,10 +168,10 @@ def project_ball(
 def project(
     y: torch.Tensor, # The victim's probabilities, (B, C)
     corner: torch.Tensor, # Where to start, (B, C)
-    budget: float, # Largest distance, missed by at most 1e-4
+    budget: float, # Largest distance; rounds end within 1e-4 of it
     norm='l1', # l1 or l2
 )->torch.Tensor:
-    "Alternating projections on the ball around y and on the simplex, each row until it is within both, (B, C)."
+    "Alternating projections on the ball around y and on the simplex, each row until both hold, at most 100; (B, C)."
     point, done = corner, torch.zeros_like(y[:, :1], dtype=torch.bool)
     for _ in range(100):
         point = torch.where(done, point, project_simplex(y + project_ball(point - y, budget, norm)))
