@@ -82,6 +82,7 @@ LAYOUTS = {
 def _file(name):
     @network(name)
     def build(num_classes=100, image_shape=(3, 32, 32)):
+        "A ResNet in the form used for CIFAR, with a first convolution of 3 by 3."
         return _resnet(*LAYOUTS[name], WIDTHS, num_classes, image_shape)
 
 
