@@ -60,7 +60,7 @@ def measure(entries, store, settings, load, passes=3, steps=0, again=False, exec
     for runs in timed_runs(entries).values():
         measure_times(runs, store, load(runs['ce']), settings, again, passes=passes, steps=steps)
 
-# %% ../../nbs/run_table9.ipynb #70f33934
+# %% ../../nbs/run_table9.ipynb #fc659e68
 def _printed(data, network):
     return {m: printed(9, 'minutes', data_set=data, teacher=network, defense=m) for m in ('ce', 'cmim')}
 
@@ -70,10 +70,13 @@ def _ratio(measured): return [b/a for a, b in zip(measured['seconds']['ce'], mea
 
 def _line(data, network, measured):
     paper, seconds = _printed(data, network), measured['seconds'] if measured else {'ce': [], 'cmim': []}
-    whole = [runs_cell([s*measured['epochs']/60 for s in seconds[m]], paper[m], digits=1) for m in paper]
     over = runs_cell(_ratio(measured) if measured else [], paper['cmim']/paper['ce'] if paper['ce'] else None, digits=3)
-    epoch = [runs_cell(seconds[m], digits=2) for m in paper]
-    speed = [runs_cell([measured['images']/s for s in seconds[m]], digits=0) for m in paper]
+    whole, epoch, speed = [], [], []
+    for m in paper:
+        found = seconds[m]
+        whole.append(runs_cell([s*measured['epochs']/60 for s in found], paper[m], digits=1))
+        epoch.append(runs_cell(found, digits=2))
+        speed.append(runs_cell([measured['images']/s for s in found], digits=0))
     return (data, network, measured['device_name'] if measured else 'not measured'), (*whole, over, *epoch, *speed)
 
 

@@ -252,14 +252,14 @@ def to_html(
 @patch_to(Table)
 def _repr_html_(self): return html_table(self)
 
-# %% ../../nbs/report/04_formats.ipynb #8217f381
+# %% ../../nbs/report/04_formats.ipynb #1b31b361
 def to_text(
     table: Table, # Any table
 )->str:
     "The table in aligned columns, with the paper's labels."
     lines = [row for row in table.rows if not isinstance(row, str)]
     index = pd.MultiIndex.from_tuples([tuple(map(label, names)) for names, _ in lines], names=table.labels)
-    cells = [[cell_text(cell) for cell in row] for _, row in lines]
+    cells = [list(map(cell_text, row)) for _, row in lines]
     frame = pd.DataFrame(cells, index, [label(c) for c in table.columns])
     return '\n'.join([table.title, '', frame.to_string(), '', table.note, ''])
 

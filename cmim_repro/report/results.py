@@ -134,14 +134,15 @@ def _seeds_text(judgement, margin, limit=10_000):
     seeds = seeds_to_decide(judgement.table, margin=margin, limit=limit)
     return '' if np.isnan(seeds) else f'{seeds:.0f}' if np.isfinite(seeds) else f'over {limit}'
 
-# %% ../../nbs/report/06_results.ipynb #49f78341
+# %% ../../nbs/report/06_results.ipynb #74a677d3
 def provenance_note(
     entries, # `Entry`s of the table
     store, # A `Store`
     command: str, # The command that makes the table
 )->str:
     "One paragraph: command, runs, seeds, devices, versions, revisions, and whether all data were verified."
-    results = [r for r in (store.result(run) for run in {e.run.id: e.run for e in entries}.values()) if r]
+    runs = {e.run.id: e.run for e in entries}
+    results = list(filter(None, map(store.result, runs.values())))
     if not results: return f'{command}: no finished run yet.'
     def each(key): return ', '.join(sorted({str(r.get(key, '?')) for r in results}))
     data = 'verified against the published checksums'
