@@ -32,10 +32,11 @@ help: ## list the targets
 install: .venv/.installed ## create .venv and install the project with the tested versions
 
 table1: install ## run the main experiment on bundled real data (profile quick); prints the table
-	@echo 'Running nbs/run_table1.ipynb in the profile $(PROFILE): some minutes the first time, seconds when the store has everything.'
+	@echo 'Running nbs/run_table1.ipynb in the profile $(PROFILE): some minutes at first, then seconds.'
 	@$(PAGE) table1 --profile $(PROFILE) $(ARGS)
-	@cat figures/$(PROFILE)/table1.txt
-	@echo 'Tables and pictures: figures/$(PROFILE)/ (table1.html, cmi_*.png, simplex_*.html). The executed notebook: $(COPIES)/run_table1.ipynb'
+	$(if $(findstring plan_only,$(ARGS)),,@cat figures/$(PROFILE)/table1.txt)
+	@echo 'Tables and pictures: figures/$(PROFILE)/ (table1.html, cmi_*.png, simplex_*.html).'
+	@echo 'The executed notebook: $(COPIES)/run_table1.ipynb'
 
 tables: $(call copies,$(TABLES)) page ## all ten tables and the page; PROFILE=mini and ARGS="-p data_root DIR" change how
 

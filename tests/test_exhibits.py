@@ -1,4 +1,4 @@
-"""Every notebook run_*.ipynb is an exhibit of one shape; and what single exhibits compute, on invented numbers that are known."""
+"""Every notebook run_*.ipynb is an exhibit of one shape; and what single exhibits compute, on known numbers."""
 import inspect
 import json
 import math
@@ -35,9 +35,11 @@ def module_of(path): return import_module(f'cmim_repro.exhibits.{name_of(path)}'
 @every_run
 def test_an_exhibit_has_one_shape(path):
     module, cells = module_of(path), json.loads(path.read_text())['cells']
-    for function in ('entries', 'draw', 'answer'): assert callable(getattr(module, function)) and getattr(module, function).__doc__, function
+    for function in ('entries', 'draw', 'answer'):
+        assert callable(getattr(module, function)) and getattr(module, function).__doc__, function
     assert list(inspect.signature(module.entries).parameters)[0] == 'profile'
-    first, source = ''.join(cells[0]['source']), [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code']
+    first, source = ''.join(cells[0]['source']), [''.join(cell['source']) for cell in cells
+                                                  if cell['cell_type'] == 'code']
     assert first.startswith('# ') and '**What the paper claims.**' in first
     assert f'papermill nbs/{path.name} OUT.ipynb' in first
     wanted = ['#| default_exp', "globals())", '.show(draw)', '.answer(answer)', '.provenance()']
@@ -47,9 +49,11 @@ def test_an_exhibit_has_one_shape(path):
 
 @every_run
 def test_papermill_finds_the_parameters_and_each_is_described(path):
-    [cell] = [cell for cell in json.loads(path.read_text())['cells'] if 'parameters' in cell['metadata'].get('tags', [])]
+    [cell] = [cell for cell in json.loads(path.read_text())['cells']
+              if 'parameters' in cell['metadata'].get('tags', [])]
     assert all(' = ' in line and ' # ' in line for line in ''.join(cell['source']).splitlines())
-    assert {'profile', 'store', 'figures', 'device', 'run_settings', 'plan_only', 'data_root', 'allow_unverified'} <= set(declared(path))
+    assert {'profile', 'store', 'figures', 'device', 'run_settings', 'plan_only', 'data_root',
+            'allow_unverified'} <= set(declared(path))
 
 
 COMMON = {}
@@ -88,13 +92,16 @@ def test_the_command_names_every_parameter_that_chooses_what_is_shown(path):
         other = OTHER[type(default)]
         command = repeat_command(name, 'quick', {**defaults, key: other}, defaults)
         assert command == (plain if key in HOW else f'{plain} -p {key} {other}')
-        assert read_parameters(defaults, dict(zip(shlex.split(command)[4::3], shlex.split(command)[5::3], strict=True)))['profile'] == 'quick'
+        assert read_parameters(defaults,
+                               dict(zip(shlex.split(command)[4::3], shlex.split(command)[5::3],
+                                        strict=True)))['profile'] == 'quick'
 
 
 @every_run
 def test_unknown_parameters_and_unreadable_values_are_one_sentence(path):
     defaults = declared(path)
-    with pytest.raises(Invalid, match="Unknown parameter 'sedes'; accepted: profile, data_root") as caught: read_parameters(defaults, {'sedes': 3})
+    with pytest.raises(Invalid, match="Unknown parameter 'sedes'; accepted: profile, data_root") as caught:
+        read_parameters(defaults, {'sedes': 3})
     assert '\n' not in str(caught.value)
     for key, default in defaults.items():
         if isinstance(default, str): assert read_parameters(defaults, {key: 20261126})[key] == '20261126'
@@ -105,7 +112,8 @@ def test_unknown_parameters_and_unreadable_values_are_one_sentence(path):
 
 @every_run
 def test_a_plan_is_printed_and_nothing_is_written(path, tmp_path, capsys):
-    exhibit = Exhibit(name_of(path), {'profile': 'smoke', 'store': str(tmp_path/'store'), 'figures': str(tmp_path/'out'), 'plan_only': 'yes'})
+    exhibit = Exhibit(name_of(path), {'profile': 'smoke', 'store': str(tmp_path/'store'),
+                                      'figures': str(tmp_path/'out'), 'plan_only': 'yes'})
     module = module_of(path)
     if hasattr(module, 'state'): exhibit.plan(module.entries, module.state)
     else: exhibit.run(module.entries)
@@ -129,9 +137,12 @@ def test_without_a_finished_run_there_is_no_answer(path, tmp_path):
 
 def finish(store, run, accuracy, outputs=None):
     store.start(run)
-    if outputs is not None: store.save_tensors(run, 'log_probs.safetensors', {'test': outputs, 'test_labels': torch.arange(len(outputs)) % 10})
+    if outputs is not None:
+        store.save_tensors(run, 'log_probs.safetensors',
+                           {'test': outputs, 'test_labels': torch.arange(len(outputs)) % 10})
     source = {'seconds': 1., 'device_name': 'none', 'torch': '0', 'revision': 'none', 'data': {'verified': True}}
-    store.finish(run, {'accuracy': accuracy, 'best_accuracy': accuracy + .01, 'held_out_accuracy': 1 - accuracy, **source})
+    store.finish(run, {'accuracy': accuracy, 'best_accuracy': accuracy + .01, 'held_out_accuracy': 1 - accuracy,
+                       **source})
 
 
 def picked(entries, store): return chosen(results_frame(entries, store), 'paper')
@@ -157,14 +168,17 @@ def test_table_1_marks_what_is_better_and_judges_each_row(store):
     def kd(): return table1.draw(chosen(results_frame(entries, store))).rows[1][1][1]
     assert (round(kd().mean, 6), kd().n, kd().arrow) == (71, 3, 'down')
     text = to_text(table1.draw(chosen(frame)))
-    assert '72.00 ± 1.00 (3)' in text and provenance_note(entries, store, 'an example').startswith('Made by `an example` from ')
+    assert '72.00 ± 1.00 (3)' in text and provenance_note(entries, store,
+                                                          'an example').startswith('Made by `an example` from ')
     for e in entries:
         if e.column == 'kd': store.forget(e.run)
     assert (kd().mean, kd().n, kd().arrow) == (None, 0, '')
 
 
-@pytest.mark.parametrize('cmim, others, verdict', [((-1., -1.2, -1.1), (1., 1.2, 1.1), 'agrees'), ((1., 1.2, 1.1), (1., 1.2, 1.1), 'disagrees'),
-                                                   ((-1., -1.2, -1.1), (1., -1.2, .3), 'undecided'), ((-1., -1.2, -1.1), (-1., -1.2, -1.1), 'disagrees')])
+@pytest.mark.parametrize('cmim, others, verdict',
+                         [((-1., -1.2, -1.1), (1., 1.2, 1.1), 'agrees'), ((1., 1.2, 1.1), (1., 1.2, 1.1), 'disagrees'),
+                                                   ((-1., -1.2, -1.1), (1., -1.2, .3), 'undecided'),
+                                                   ((-1., -1.2, -1.1), (-1., -1.2, -1.1), 'disagrees')])
 def test_the_answer_of_table_1(store, cmim, others, verdict):
     entries = student_entries(narrowed(SMOKE, defenses='cmim, st', attacks='kd', overrides='epsilons=0.1'))
     for e in entries:
@@ -175,7 +189,8 @@ def test_the_answer_of_table_1(store, cmim, others, verdict):
 
 def test_table_4_knows_the_entropy_of_invented_outputs(store):
     entries = table4.entries(SMOKE)
-    for e in entries: finish(store, e.run, .9, torch.full((4, 10), .01*(e.seed + 1)).fill_diagonal_(1 - .09*(e.seed + 1)).log())
+    for e in entries:
+        finish(store, e.run, .9, torch.full((4, 10), .01*(e.seed + 1)).fill_diagonal_(1 - .09*(e.seed + 1)).log())
     table = table4.draw(entries, store)
     known = [-(1 - .09*k)*math.log(1 - .09*k) - .09*k*math.log(.01*k) for k in (1, 2, 3)]
     assert table.rows[0][1][0].mean == pytest.approx(np.mean(known), abs=1e-6)
@@ -185,7 +200,9 @@ def test_table_4_knows_the_entropy_of_invented_outputs(store):
     assert table4.answer(entries, store).verdict == 'undecided' # all alike
 
 
-@pytest.mark.parametrize('noise, verdict', [({'ce': 1., 'cmim': 2., 'ls': 3.}, 'agrees'), ({'ce': 2., 'cmim': 1., 'ls': 3.}, 'disagrees')])
+@pytest.mark.parametrize('noise, verdict',
+                         [({'ce': 1., 'cmim': 2., 'ls': 3.}, 'agrees'),
+                          ({'ce': 2., 'cmim': 1., 'ls': 3.}, 'disagrees')])
 def test_the_answer_of_table_4(store, noise, verdict):
     entries, generator = table4.entries(SMOKE), torch.Generator().manual_seed(0)
     for e in entries:
@@ -203,7 +220,8 @@ def test_table_7_has_mean_deviation_and_variance(store):
     known = table7._printed_row(('cifar100', 'cmim', 'vgg16', 'vgg11'))
     assert (known['value']['kd'], known['spread']['ls']) == (71.87, .09)
     said = table7.answer(lines)
-    assert said.verdict == 'undecided' and said.because.startswith('Over 3 cells') and 'deviation is 2.65 points' in said.because
+    assert said.verdict == 'undecided' and said.because.startswith('Over 3 cells')
+    assert 'deviation is 2.65 points' in said.because
     assert table7.answer(lines[lines['seed'] == 0]).because == 'No cell has two finished runs yet.'
 
 
@@ -229,14 +247,16 @@ def test_table_8_pairs_seeds_and_tests_the_papers_own(store):
     tests = table8.paired_tests(lines).set_index('numbers')
     assert tests.loc['ours', 'mean'] == pytest.approx(-1.1)
     printed = tests.loc['printed']
-    assert (round(printed['mean'], 3), round(printed['t'], 1), printed['n'], printed['verdict']) == (-.176, -4.7, 5, 'undistillable')
+    assert (round(printed['mean'], 3), round(printed['t'], 1), printed['n'], printed['verdict']) == (-.176, -4.7, 5,
+                                                                                                     'undistillable')
     said = table8.answer(lines)
     assert said.verdict == 'agrees' and 'below zero for 3 of 3 seeds, mean -1.10 points' in said.because
 
 
 def test_table_8_has_the_papers_pair_unless_others_are_asked_for():
     assert {(e.teacher_model, e.student_model) for e in table8.entries(profile('paper'))} == {('resnet50', 'vgg11')}
-    assert {(e.teacher_model, e.student_model) for e in table8.entries(profile('paper'), networks='vgg16:vgg11', seeds=1)} == {('vgg16', 'vgg11')}
+    assert {(e.teacher_model, e.student_model)
+            for e in table8.entries(profile('paper'), networks='vgg16:vgg11', seeds=1)} == {('vgg16', 'vgg11')}
     assert {e.data for e in table7.entries(profile('paper'))} == {'cifar100', 'tinyimagenet'}
 
 
@@ -245,9 +265,11 @@ def test_table_9_follows_its_measurements(store):
     [runs] = table9.timed_runs(entries).values()
     place = store.root/'timings'/f"{runs['ce'].id}-{runs['cmim'].id}-invented.json"
     place.parent.mkdir()
-    measured = {'seconds': {'ce': [2., 4.], 'cmim': [3., 4.]}, 'images': 200, 'epochs': 60, 'device_name': 'an invented device', 'device': 'cpu'}
+    measured = {'seconds': {'ce': [2., 4.], 'cmim': [3., 4.]}, 'images': 200, 'epochs': 60,
+                'device_name': 'an invented device', 'device': 'cpu'}
     place.write_text(json.dumps(measured))
-    assert [c.mean for c in table9.draw(entries, store).rows[0][1]] == pytest.approx([3, 3.5, 1.25, 3, 3.5, 75, (200/3 + 50)/2])
+    assert [c.mean for c in table9.draw(entries, store).rows[0][1]] == pytest.approx([3, 3.5, 1.25, 3, 3.5, 75,
+                                                                                      (200/3 + 50)/2])
     said = table9.answer(entries, store)
     assert said.verdict == 'undecided' and '+25.0% against CE on an invented device' in said.because
     place.write_text(json.dumps({**measured, 'seconds': {'ce': [2., 4.], 'cmim': [2.4, 4.9]}}))
@@ -262,12 +284,15 @@ def test_values_of_the_ablations_are_the_papers():
     from cmim_repro.exhibits import figure4, figure5
     from cmim_repro.report.paper import paper_setting, paper_table
     assert list(table10.STUDY.values['paper']) == paper_table(10)['omega'].tolist()
-    assert {*paper_setting('ablation beta')} == {table10.STUDY.fixed['beta']} and {*paper_setting('ablation N')} == {table10.STUDY.fixed['count']}
+    for name, option in (('ablation beta', 'beta'), ('ablation N', 'count')):
+        assert {*paper_setting(name)} == {table10.STUDY.fixed[option]}
     for study in (figure4.STUDY, figure5.STUDY, table10.STUDY):
-        for tried in study.values.values(): assert list(tried) == sorted(set(tried)) and set(tried) <= set(study.values['paper'])
+        for tried in study.values.values():
+            assert list(tried) == sorted(set(tried)) and set(tried) <= set(study.values['paper'])
 
 
-@pytest.mark.parametrize('best, lost, verdict', [(25, True, 'agrees'), (25, False, 'disagrees'), (1, True, 'disagrees')])
+@pytest.mark.parametrize('best, lost, verdict',
+                         [(25, True, 'agrees'), (25, False, 'disagrees'), (1, True, 'disagrees')])
 def test_the_answer_of_table_10(store, best, lost, verdict):
     entries = table10.entries(profile('smoke'), '1, 25, 200', seeds=3)
     def gone(run): return lost and run.options.get('naive_exp') and run.options['omega'] == 200
@@ -288,7 +313,8 @@ LABELS = torch.arange(400) % 10
 def outputs(store):
     "Gaussian logits, more alike for CMIM than for CE."
     generator, task = torch.Generator().manual_seed(0), profile('smoke').tasks[0]
-    entries = [Entry('digits', d, 'cnn_small', '', 'model', '', seed, protected(task, d, 'cnn_small', seed)) for d in ('ce', 'cmim') for seed in range(3)]
+    entries = [Entry('digits', d, 'cnn_small', '', 'model', '', seed, protected(task, d, 'cnn_small', seed))
+               for d in ('ce', 'cmim') for seed in range(3)]
     for e in entries:
         logits = {'ce': 2., 'cmim': .5}[e.defense]*torch.randn(400, 10, generator=generator) + 6*torch.eye(10)[LABELS]
         finish(store, e.run, .9, logits.log_softmax(-1))
@@ -300,11 +326,13 @@ def test_figure_1_finds_the_maximum_where_the_derivative_is_zero(outputs):
     values, slopes = figure1.class_curves(log_probs, labels, [1, 5, 7], alphas)
     direct = np.stack([[float(class_cmi(log_probs, labels, float(a))[y]) for a in alphas] for y in (1, 5, 7)])
     np.testing.assert_allclose(values, direct, atol=1e-9)
-    above, below = (figure1.class_curves(log_probs, labels, [1, 5, 7], alphas[1:].double() + h)[0] for h in (1e-4, -1e-4))
+    above, below = (figure1.class_curves(log_probs, labels, [1, 5, 7], alphas[1:].double() + h)[0]
+                    for h in (1e-4, -1e-4))
     np.testing.assert_allclose((above - below)/2e-4, slopes[:, 1:], atol=1e-6)
     peaks = figure1.maximising_powers(log_probs, labels, [1, 5, 7])
     inside = peaks['alpha'] < 4
-    assert inside.any() and (peaks['derivative'][inside].abs() < 1e-9).all() and (peaks['derivative'][~inside] > 0).all()
+    assert inside.any() and (peaks['derivative'][inside].abs() < 1e-9).all()
+    assert (peaks['derivative'][~inside] > 0).all()
     assert (peaks['cmi'].to_numpy() > values.max(1) - 1e-12).all()
     ends = figure1.maximising_powers(log_probs, labels, [1, 5, 7], high=.2)
     assert (ends['alpha'] == .2).all() and (ends['derivative'] > 0).all()
@@ -317,7 +345,8 @@ def test_figure_1_takes_the_papers_classes_where_there_are_such(outputs):
     names = ['orchid', 'a', 'beaver', 'motorcycle', *'bcdefg']
     assert figure1.three_classes(*one, class_names=names) == [2, 0, 3]
     assert figure1.three_classes(*one, '4, a, 0', names) == [4, 1, 0]
-    with pytest.raises(Invalid, match="Unknown class 'cow'"): figure1.three_classes(*one, 'cow, 1, 2', list('abcdefghij'))
+    with pytest.raises(Invalid, match="Unknown class 'cow'"):
+        figure1.three_classes(*one, 'cow, 1, 2', list('abcdefghij'))
     frame = figure1.class_frame({0: one, 1: one}, [1, 5], [0., 1., 2.], list('abcdefghij'))
     assert (len(frame), frame['class'].unique().tolist()) == (2*2*3, ['b', 'f'])
 
@@ -329,7 +358,8 @@ def test_figures_1_to_3_answer(outputs, store):
     entries, _ = outputs
     found = figure1.answer([e for e in entries if e.defense == 'ce'], store, lambda run: Digits)
     assert found.verdict in ('agrees', 'disagrees', 'undecided') and 'maxima (classes times seeds)' in found.because
-    assert figure2.answer(entries, store, lambda run: Digits).because.startswith('cnn_small, CMIM - CE at power 4: spread -')
+    assert figure2.answer(entries, store,
+                          lambda run: Digits).because.startswith('cnn_small, CMIM - CE at power 4: spread -')
     found = figure3.answer(entries, store)
     assert found.verdict == 'agrees' and 'surely lower than 1 of 1 others (n = 3)' in found.because
     assert figure3.answer([e for e in entries if e.defense == 'ce'], store).verdict == 'undecided'
@@ -339,7 +369,8 @@ def test_figure_2_measures_spread_and_distance(outputs):
     one = pd.DataFrame({'defense': 'm', 'alpha': 1., 'corner': [0, 0, 1, 1], 'x': [0, .2, 1., 1.], 'y': [0, 0, 0, 0.]})
     assert figure2.cluster_frame(one)[['spread', 'off_corner']].to_numpy()[0] == pytest.approx([.05, .05])
     models = {d: seeds[0] for d, seeds in outputs[1]['digits', 'cnn_small'].items()}
-    spread = figure2.cluster_frame(figure2.simplex_frame(models, [1, 5, 7])).pivot(index='defense', columns='alpha', values='spread')
+    spread = figure2.cluster_frame(figure2.simplex_frame(models, [1, 5, 7])).pivot(index='defense', columns='alpha',
+                                                                                   values='spread')
     assert (spread.loc['cmim'] < spread.loc['ce']).all()
 
 

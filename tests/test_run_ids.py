@@ -1,4 +1,4 @@
-"""The runs of every table and figure, in every profile, are those that they were: finished ones are never trained again for a change of code."""
+"""The runs of every table and figure are those that they were: a change of code never trains a finished one again."""
 import csv
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +14,8 @@ NAMES = [f'table{n}' for n in range(1, 11)] + [f'figure{n}' for n in range(1, 6)
 
 def golden(name, profile_name):
     with open(GOLDEN, newline='') as file:
-        return {line['id'] for line in csv.DictReader(file) if line['profile'] == profile_name and name in line['exhibits'].split()}
+        return {line['id'] for line in csv.DictReader(file) if line['profile'] == profile_name
+                and name in line['exhibits'].split()}
 
 
 @pytest.mark.parametrize('profile_name', ['quick', 'mini', 'paper'])

@@ -1,4 +1,4 @@
-"""Tables 1 to 9 are functions of entries and store: a changed number changes every table that uses it, a deleted run leaves an empty cell."""
+"""Tables 1 to 9 are functions of entries and store: change a number and they change, delete a run: its cell empties."""
 import json
 import re
 from dataclasses import dataclass, replace
@@ -43,18 +43,24 @@ def model_place(e): return [((e.data, e.teacher_model), e.defense)] if e.column 
 def student_place(e): return [] if e.column == 'model' else [((e.defense, e.teacher_model, e.student_model), e.column)]
 
 
-def entropy_place(e): return [((e.data, e.teacher_model, split, unit), e.defense) for split in SPLITS for unit in ('nats', 'bits')]
+def entropy_place(e):
+    return [((e.data, e.teacher_model, split, unit), e.defense) for split in SPLITS for unit in ('nats', 'bits')]
 
 
-def spread_place(e): return [((*labels, row), column) for labels, column in student_place(e) for row in ('mean', 'standard deviation', 'variance')]
+def spread_place(e):
+    return [((*labels, row), column) for labels, column in student_place(e)
+            for row in ('mean', 'standard deviation', 'variance')]
 
 
-def paired_place(e): return [((e.data, e.teacher_model, e.student_model, 'LS' if e.column == 'ls' else 'DIST on CMIM'), f'seed {e.seed + 1}')]
+def paired_place(e):
+    return [((e.data, e.teacher_model, e.student_model, 'LS' if e.column == 'ls' else 'DIST on CMIM'),
+             f'seed {e.seed + 1}')]
 
 
 TABLES = {
     '1': kind(1, student_place), 'models': Kind(student_entries(SMALL), partial(picked, table_accuracy), model_place),
-    '2': kind(2, model_place), '3': kind(3, model_place), '4': kind(4, entropy_place, store=True), '5': kind(5, model_place),
+    '2': kind(2, model_place), '3': kind(3, model_place), '4': kind(4, entropy_place, store=True),
+    '5': kind(5, model_place),
     '6': kind(6, model_place), '7': kind(7, spread_place), '8': kind(8, paired_place, seeds=3),
     '9': kind(9, lambda e: [], store=True),
 }
@@ -69,13 +75,16 @@ def invent(store, run, shift=0):
     store.start(run)
     if run.kind != 'attack':
         outputs = {split: torch.randn(6, 10, generator=generator).log_softmax(1) for split in SPLITS}
-        store.save_tensors(run, 'log_probs.safetensors', outputs | {f'{split}_labels': torch.arange(6) for split in SPLITS})
-    store.finish(run, dict(zip(('accuracy', 'best_accuracy', 'held_out_accuracy'), accuracy, strict=True)) | {'seconds': 1., 'data': {'verified': True}})
+        store.save_tensors(run, 'log_probs.safetensors',
+                           outputs | {f'{split}_labels': torch.arange(6) for split in SPLITS})
+    found = dict(zip(('accuracy', 'best_accuracy', 'held_out_accuracy'), accuracy, strict=True))
+    store.finish(run, found | {'seconds': 1., 'data': {'verified': True}})
 
 
 def invent_times(store, factor=1.):
     for runs in timed_runs(TABLES['9'].entries).values():
-        measured = {'seconds': {'ce': [2., 3.], 'cmim': [2.5*factor, 4.*factor]}, 'images': 100, 'epochs': 30, 'device': 'cpu', 'device_name': 'invented'}
+        measured = {'seconds': {'ce': [2., 3.], 'cmim': [2.5*factor, 4.*factor]}, 'images': 100, 'epochs': 30,
+                    'device': 'cpu', 'device_name': 'invented'}
         place = store.root/'timings'/('-'.join(r.id for r in runs.values()) + '-invented.json')
         place.parent.mkdir(exist_ok=True)
         place.write_text(json.dumps(measured))
@@ -108,9 +117,11 @@ def one(defense, column, seed=1):
     return next(e.run for e in TABLES['1'].entries if (e.defense, e.column, e.seed) == (defense, column, seed))
 
 
-CHANGED = {'CE model': one('ce', 'model'), 'CMIM model': one('cmim', 'model'), 'LS model': one('ls', 'model'), 'ST model': one('st', 'model'),
+CHANGED = {'CE model': one('ce', 'model'), 'CMIM model': one('cmim', 'model'), 'LS model': one('ls', 'model'),
+           'ST model': one('st', 'model'),
            'LS student': one('cmim', 'ls'), 'KD student': one('nt', 'kd'), 'DIST student of CMIM': one('cmim', 'dist'),
-           'student-sized CMIM': next(e.run for e in TABLES['5'].entries if (e.defense, e.teacher_model, e.seed) == ('cmim', STUDENT, 1))}
+           'student-sized CMIM': next(e.run for e in TABLES['5'].entries
+                                      if (e.defense, e.teacher_model, e.seed) == ('cmim', STUDENT, 1))}
 
 
 @pytest.mark.parametrize('who', CHANGED)
@@ -154,7 +165,8 @@ def test_deleted_run_counts_no_more_and_without_runs_the_cell_is_empty(store, na
         cell = now[place]
         assert (cell.mean, cell.sd, cell.n, cell.arrow, cell.verdict) == (None, None, 0, '', '')
     for place, cell in now.items():
-        if place not in touched and place[1] not in DERIVED and place[0][-1] != 'difference': assert mean(cell) == mean(before[place]), place
+        if place not in touched and place[1] not in DERIVED and place[0][-1] != 'difference':
+            assert mean(cell) == mean(before[place]), place
 
 
 @pytest.mark.parametrize('name', TABLES)
@@ -205,9 +217,11 @@ def test_latex_is_well_formed(store, name):
     floats, sections = tex.count('\\begin{tabular}{l'), sum(isinstance(row, str) for row in table.rows)
     assert set(spans) <= {width} and sections <= len(spans) < sections + floats
     plain = [line for line in rows if not line.startswith('\\multicolumn')]
-    assert len(plain) == floats + len(table.rows) - sections and {len(re.split(r'(?<!\\)&', line)) for line in plain} == {width}
+    assert len(plain) == floats + len(table.rows) - sections
+    assert {len(re.split(r'(?<!\\)&', line)) for line in plain} == {width}
     unescaped = re.sub(r'\\[&%$#_{}]', '', tex)
     assert unescaped.count('{') == unescaped.count('}') and unescaped.count('$') % 2 == 0
-    assert not re.search('[_#~]', unescaped) and re.findall('.?%', unescaped) == ['%'] + ['{%']*floats # the comment with the packages, and a line end
+    assert not re.search('[_#~]', unescaped)
+    assert re.findall('.?%', unescaped) == ['%'] + ['{%']*floats # the comment with the packages, and a line end
     for rule in ('toprule', 'midrule', 'bottomrule'): assert f'\\{rule}' in tex
     assert r'\%' in tex and r'\textbar{}' in tex

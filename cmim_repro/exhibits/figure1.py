@@ -24,7 +24,7 @@ def entries(profile, **asked)->list:
     "`Entry`s of Figure 1: a model trained with cross-entropy."
     return figure_entries(profile, 'resnet50:resnet18', 'ce', asked)
 
-# %% ../../nbs/run_figure1.ipynb #19c86e02
+# %% ../../nbs/run_figure1.ipynb #1198e160
 def _of_classes(log_probs, labels, classes):
     mine = torch.isin(labels, torch.as_tensor(classes))
     return log_probs[mine].double(), labels[mine]
@@ -41,7 +41,7 @@ def class_curves(
     powers = torch.as_tensor(alphas, dtype=torch.float64).expand(log_probs.shape[1], -1)
     return tuple(f(log_probs, labels, powers)[list(classes)].numpy() for f in (class_cmi, cmi_derivative))
 
-# %% ../../nbs/run_figure1.ipynb #84112d16
+# %% ../../nbs/run_figure1.ipynb #e3536f16
 def maximising_powers(
     log_probs: torch.Tensor, # Log-probabilities, (B, C)
     labels: torch.Tensor, # Class indices, (B,)

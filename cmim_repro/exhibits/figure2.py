@@ -54,7 +54,7 @@ def draw(entries, store, load, classes='')->dict:
                                 simplex_html(drawn, three, class_names=names, title=title))
     return pictures
 
-# %% ../../nbs/run_figure2.ipynb #39d7a84d
+# %% ../../nbs/run_figure2.ipynb #c59d2874
 def cluster_frame(
     points: pd.DataFrame, # As `simplex_frame` gives
 )->pd.DataFrame:
@@ -79,7 +79,7 @@ def clusters(entries, store, load, classes='')->pd.DataFrame:
             frames.append(found.assign(data=data, model=network, seed=seed))
     return pd.concat(frames) if frames else pd.DataFrame()
 
-
+# %% ../../nbs/run_figure2.ipynb #ca3b4ad4
 def clusters_by_power(entries, store, load, classes='')->pd.DataFrame:
     "The same as a table, means over seeds."
     found = clusters(entries, store, load, classes)

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from ..experiments.profiles import narrowed
-from ..experiments.cost import measure_times, read_times
-from ..experiments.cost import throughput
+from ..experiments.studies_tables import measure_times, read_times
+from ..experiments.throughput import throughput
 from ..report.formats import Table, runs_cell
 from ..report.models import about, model_entries
 from ..report.paper import label, printed
@@ -60,7 +60,7 @@ def measure(entries, store, settings, load, passes=3, steps=0, again=False, exec
     for runs in timed_runs(entries).values():
         measure_times(runs, store, load(runs['ce']), settings, again, passes=passes, steps=steps)
 
-# %% ../../nbs/run_table9.ipynb #70f33934
+# %% ../../nbs/run_table9.ipynb #fc659e68
 def _printed(data, network):
     return {m: printed(9, 'minutes', data_set=data, teacher=network, defense=m) for m in ('ce', 'cmim')}
 
@@ -70,11 +70,13 @@ def _ratio(measured): return [b/a for a, b in zip(measured['seconds']['ce'], mea
 
 def _line(data, network, measured):
     paper, seconds = _printed(data, network), measured['seconds'] if measured else {'ce': [], 'cmim': []}
-    epochs, images = (measured[key] if measured else 0 for key in ('epochs', 'images'))
-    whole = [runs_cell(np.multiply(seconds[m], epochs/60), paper[m], digits=1) for m in paper]
     over = runs_cell(_ratio(measured) if measured else [], paper['cmim']/paper['ce'] if paper['ce'] else None, digits=3)
-    epoch = [runs_cell(seconds[m], digits=2) for m in paper]
-    speed = [runs_cell(np.divide(images, seconds[m]), digits=0) for m in paper]
+    whole, epoch, speed = [], [], []
+    for m in paper:
+        found = seconds[m]
+        whole.append(runs_cell([s*measured['epochs']/60 for s in found], paper[m], digits=1))
+        epoch.append(runs_cell(found, digits=2))
+        speed.append(runs_cell([measured['images']/s for s in found], digits=0))
     return (data, network, measured['device_name'] if measured else 'not measured'), (*whole, over, *epoch, *speed)
 
 

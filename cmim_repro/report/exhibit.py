@@ -6,9 +6,10 @@
 __all__ = ['FOLDERS', 'HOW', 'NARROWING', 'TOLD', 'notebook_of', 'declared', 'read_value', 'read_parameters', 'repeat_command',
            'selection_rule', 'Exhibit', 'tell']
 
-# %% ../../nbs/report/09_exhibit.ipynb #25357153
+# %% ../../nbs/report/09_exhibit.ipynb #4ee9ae34
 import ast
 import inspect
+import io
 import json
 import math
 import os
@@ -20,7 +21,8 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
-from IPython.display import HTML, Markdown, display
+from IPython.display import HTML, Image, Markdown, display
+from PIL import Image as Raster
 
 from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, patch_to, project_root
 from ..experiments.cost import estimate
@@ -256,7 +258,7 @@ def do(self,
     "Call a function with what it asks for, unless only the plan is wanted."
     if not self.plan_only: self.give(function)
 
-# %% ../../nbs/report/09_exhibit.ipynb #e791e859
+# %% ../../nbs/report/09_exhibit.ipynb #b8a2046c
 def _stems(name, found):
     "File name to result."
     if not isinstance(found, Mapping): return {name: found}
@@ -269,9 +271,17 @@ def _frame_html(frame):
     return HTML(frame.to_html(index=not plain, border=0, na_rep='', float_format='{:.4g}'.format))
 
 
+def _small(figure):
+    "A figure in few dots and colours: a notebook that holds it stays small."
+    large, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(large, format='png', dpi=72, bbox_inches='tight')
+    Raster.open(large).convert('RGB').quantize(48).save(small, 'png', optimize=True)
+    return Image(small.getvalue())
+
+
 def _shown(item):
     if isinstance(item, Table): return HTML(html_table(item))
-    if isinstance(item, Picture): return item.figure
+    if isinstance(item, Picture): return _small(item.figure)
     if isinstance(item, pd.DataFrame): return _frame_html(item)
     return Markdown('\n\n'.join([item] if isinstance(item, str) else item))
 

@@ -252,7 +252,7 @@ def to_html(
 @patch_to(Table)
 def _repr_html_(self): return html_table(self)
 
-# %% ../../nbs/report/04_formats.ipynb #8217f381
+# %% ../../nbs/report/04_formats.ipynb #1b31b361
 def to_text(
     table: Table, # Any table
 )->str:

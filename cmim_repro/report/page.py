@@ -107,7 +107,7 @@ def _watch(stop, copy, tell, every=30.):
         said = line
     stop()
 
-# %% ../../nbs/report/10_page.ipynb #46aaf2d5
+# %% ../../nbs/report/10_page.ipynb #256ecd62
 def _execute(source, copy, parameters, tell):
     "Run a notebook in this process; a signal ends it with all that it has started."
     import papermill
@@ -135,7 +135,7 @@ def _execute(source, copy, parameters, tell):
     papermill.execute_notebook(source, copy, parameters, progress_bar=False, log_output=True,
                                kernel_manager_class=Manager, extra_arguments=['--log-level=CRITICAL'])
 
-# %% ../../nbs/report/10_page.ipynb #1abd425f
+# %% ../../nbs/report/10_page.ipynb #8adcb6ae
 def draw(
     source, # Notebook of an exhibit
     place, # Where its executed copy goes
@@ -231,7 +231,7 @@ def to_page(
     "Markdown as HTML; whatever looks like HTML in it is shown, not obeyed."
     return _markdown(plain_math(text)).strip()
 
-# %% ../../nbs/report/10_page.ipynb #8220a0bf
+# %% ../../nbs/report/10_page.ipynb #b15eece8
 def _href(path, home): return quote(os.path.relpath(path, home).replace(os.sep, '/'))
 
 
@@ -256,14 +256,17 @@ def table_parts(
 
 def _parts(found, home):
     "What can be shown of some files: tables as tables and pictures as pictures."
+    parts = []
     for stem, files in found.items():
         path = files.get('svg') or files.get('png')
-        if not path: yield {'stem': stem, **table_parts(files)}; continue
-        note = to_page(files['provenance.txt'].read_text()) if 'provenance.txt' in files else ''
-        yield {'stem': stem, 'picture': _href(path, home), 'note': note,
-               'live': _href(files['html'], home) if 'html' in files else ''}
+        if path:
+            note = to_page(files['provenance.txt'].read_text()) if 'provenance.txt' in files else ''
+            live = _href(files['html'], home) if 'html' in files else ''
+            parts.append({'stem': stem, 'picture': _href(path, home), 'note': note, 'live': live})
+        elif table := table_parts(files): parts.append({'stem': stem, **table})
+    return parts
 
-
+# %% ../../nbs/report/10_page.ipynb #07cda74c
 def _links(found, home):
     "Text and address of all files of an item, the plain table's first."
     links = []
@@ -272,7 +275,7 @@ def _links(found, home):
         links += [(f'{what} {FORMATS[s]}'.strip(), _href(files[s], home)) for s in FORMATS if s in files]
     return links
 
-# %% ../../nbs/report/10_page.ipynb #3bda9366
+# %% ../../nbs/report/10_page.ipynb #9896b9fe
 def executed_copy(
     shelf: Shelf, # Whose
     name: str, # table1, figure3 ...
@@ -290,9 +293,6 @@ def _answer(path):
     except (OSError, ValueError): return None
 
 
-def _is_shown(part): return part.get('table') or part.get('picture')
-
-
 def on_shelf(
     shelf: Shelf, # Where from
     name: str, # table1, figure3 ...
@@ -301,7 +301,7 @@ def on_shelf(
     "What the shelf has of an item, for the template; None if nothing."
     found = files_of(shelf.folder, name)
     extras = {stem: files for prefix in EXTRAS.get(name, ()) for stem, files in files_of(shelf.folder, prefix).items()}
-    shown, more = (list(filter(_is_shown, _parts(files, home))) for files in (found, extras))
+    shown, more = _parts(found, home), _parts(extras, home)
     if not shown: return None
     path, wrong = executed_copy(shelf, name, Path(home)/'executed')
     links = _links(found, home) + ([('executed notebook', _href(path, home))] if path else [])

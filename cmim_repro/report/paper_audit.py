@@ -422,7 +422,7 @@ def table1_setting():
                      f"Table 1's CMIM VGG16-SNV2 KD, {kd:.2f}, is Table 10's value at {where} and nowhere else.", kd,
                      *same)
 
-# %% ../../nbs/report/05_paper_audit.ipynb #fb6537b0
+# %% ../../nbs/report/05_paper_audit.ipynb #df294a52
 def _only(verb, names): return [f"{verb} {', '.join(sorted(map(label, names)))}"] if names else []
 
 
@@ -441,24 +441,22 @@ def lambda_outside_grid():
     "Values of lambda that are listed but were not in the grid."
     grid, used = paper_setting('grid'), sorted(set(paper_setting('lambda')))
     outside = [value for value in used if value not in grid]
-    tried, listed, odd = (', '.join(map('{:g}'.format, values)) for values in (grid, used, outside))
+    def listed(values): return ', '.join(map('{:g}'.format, values))
     if outside:
-        yield _found('Appendix G', 'lambda',
-                     f'The grid is {tried}; the values listed are {listed}; not in the grid: {odd}.', *grid, *used)
-
-def _word(word): return f'{word:g}' if isinstance(word, float) else word
-
+        yield _found('Appendix G', 'lambda', f'The grid is {listed(grid)}; the values listed are {listed(used)}; '
+                     f'not in the grid: {listed(outside)}.', *grid, *used)
 
 def unequal_statements():
     "Things that are stated more than once, and not with the same value."
     for name in ('learning rate decay', 'T', 'repository'):
-        said = {place: ' '.join(map(_word, words)) for place, words in paper_statements(name).items()}
+        def text(words): return ' '.join(f'{w:g}' if isinstance(w, float) else w for w in words)
+        said = {place: text(words) for place, words in paper_statements(name).items()}
         if len(set(said.values())) > 1:
             yield _found('Text', name,
                          f"{name}: {', but '.join(f'{value} ({place})' for place, value in said.items())}.",
                          *said.values())
 
-# %% ../../nbs/report/05_paper_audit.ipynb #cbebc61e
+# %% ../../nbs/report/05_paper_audit.ipynb #53539db4
 def unequal_parameters():
     "Parameters that are stated for CMIM but are no input of Algorithm 1, and inputs that are not stated."
     stated, inputs = set(paper_setting('CMIM parameters')), set(paper_setting('inputs'))

@@ -134,7 +134,7 @@ def _seeds_text(judgement, margin, limit=10_000):
     seeds = seeds_to_decide(judgement.table, margin=margin, limit=limit)
     return '' if np.isnan(seeds) else f'{seeds:.0f}' if np.isfinite(seeds) else f'over {limit}'
 
-# %% ../../nbs/report/06_results.ipynb #49f78341
+# %% ../../nbs/report/06_results.ipynb #74a677d3
 def provenance_note(
     entries, # `Entry`s of the table
     store, # A `Store`

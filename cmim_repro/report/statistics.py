@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'paired_differences', 't_interval', 'bootstrap_interval', 'holm', 'compare', 'Judgement', 'paper_rule',
-           'judge', 'power', 'seeds_needed', 'seeds_to_decide', 'reading', 'gain', 'Answer', 'agreement', 'welch',
-           'read_table7']
+           'judge', 'power', 'seeds_needed', 'seeds_to_decide', 'reading', 'gain', 'Answer', 'agreement', 'welch']
 
-# %% ../../nbs/report/02_statistics.ipynb #5d9c49a3
+# %% ../../nbs/report/02_statistics.ipynb #311620bf
 import math
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ import pandas as pd
 from scipy import stats
 
 from ..core import check_choice, check_number, keyed_seed
-from .paper import ATTACKS, label, table7
+from .paper import label
 
 # %% ../../nbs/report/02_statistics.ipynb #7d7d3916
 def paired_differences(
@@ -267,24 +266,3 @@ def welch(
     p_up = test.pvalue / 2 if mean > ls_mean else 1 - test.pvalue / 2
     return dict(n=n, mean=mean - ls_mean, low=mean - ls_mean - half, high=mean - ls_mean + half, p_up=p_up,
                 p_down=1 - p_up)
-
-# %% ../../nbs/report/02_statistics.ipynb #2ac8f973
-def read_table7(
-    spread_is='variance', # What the "±" means: variance or sd
-    confidence=.95, # As in `judge`
-)->pd.DataFrame:
-    "Verdicts from the printed means and spreads (Tables 1 and 7), one row for each pair, beside the paper's rule."
-    root = np.sqrt if check_choice('meaning of the spread', spread_is, ('variance', 'sd')) == 'variance' else np.asarray
-    lines = []
-    for (row, *names), cells in table7().groupby(['table1_row', 'data_set', 'defense', 'teacher', 'student'],
-                                                 sort=False):
-        cells = cells.set_index('attack')
-        sd, value = pd.Series(root(cells['spread']), cells.index), cells['value']
-        table = pd.DataFrame({a: welch(value[a], sd[a], value['ls'], sd['ls'], confidence=confidence)
-                              for a in ATTACKS}).T
-        verdict, reason = _verdict(table.assign(n=3, holm=holm(table['p_up'])), confidence, 0.)
-        rule = 'distillable' if value[list(ATTACKS)].max() > value['ls'] else 'undistillable'
-        where = dict(zip(('data_set', 'defense', 'teacher', 'student'), names, strict=True))
-        lines.append({'row': row, **where, 'best': table['mean'].max(), 'verdict': verdict, 'reason': reason,
-                      'paper_rule': rule})
-    return pd.DataFrame(lines)
