@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Invalid', 'Unusable', 'check_choice', 'check_number', 'check_batch', 'check_finite', 'full_precision', 'Registry',
-           'patch_to', 'keyed_seed', 'keyed_generator', 'atomic_write', 'project_root', 'download_folder',
-           'default_store', 'usable_cores']
+           'keyed_seed', 'keyed_generator', 'atomic_write', 'project_root', 'download_folder', 'default_store',
+           'usable_cores']
 
 # %% ../nbs/00_core.ipynb #9033be4f
 import atexit
@@ -191,16 +191,6 @@ class Registry(_Filed):
         "The entry called `name`, made with its options; context arguments may be given too."
         context = {k: options.pop(k) for k in self.context(name) if k in options}
         return self.entry(name)(**self.options(name, variant, **options), **context)
-
-# %% ../nbs/00_core.ipynb #ab576f7c
-def patch_to(
-    cls, # The class that gets the method
-):
-    "A decorator that makes a function a method of `cls`."
-    def add(function):
-        setattr(cls, function.__name__, function)
-        return function
-    return add
 
 # %% ../nbs/00_core.ipynb #d8339615
 def keyed_seed(

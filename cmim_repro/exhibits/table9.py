@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..experiments.profiles import narrowed
-from ..experiments.studies_tables import measure_times, read_times
+from ..experiments.cost import measure_times, read_times
 from ..experiments.throughput import throughput
 from ..report.formats import Table, runs_cell
 from ..report.models import about, model_entries

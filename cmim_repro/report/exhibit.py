@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'HOW', 'NARROWING', 'TOLD', 'notebook_of', 'declared', 'read_value', 'read_parameters', 'repeat_command',
-           'selection_rule', 'Exhibit', 'tell']
+           'selection_rule', 'Asked', 'Given', 'tell', 'Planned', 'Published', 'Exhibit']
 
 # %% ../../nbs/report/09_exhibit.ipynb #4ee9ae34
 import ast
 import inspect
-import io
 import json
 import math
 import os
@@ -21,10 +20,9 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
-from IPython.display import HTML, Image, Markdown, display
-from PIL import Image as Raster
+from IPython.display import HTML, Markdown, display
 
-from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, patch_to, project_root
+from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, project_root
 from ..experiments.cost import estimate
 from ..experiments.execution import load_data, log_progress, read_settings
 from ..experiments.workers import compute, process_count
@@ -141,8 +139,8 @@ def selection_rule(
     return rule
 
 # %% ../../nbs/report/09_exhibit.ipynb #ab793ed1
-class Exhibit:
-    "A table or figure while its notebook runs."
+class Asked:
+    "What the notebook of an exhibit was asked for."
     OFFERED = ('profile', 'store', 'settings', 'entries', 'frame', 'picked', 'selection', 'protocol', 'load', 'number',
                'command', 'note')
 
@@ -182,30 +180,29 @@ class Exhibit:
 NARROWING = ('seeds', 'data_sets', 'defenses', 'attacks', 'networks', 'overrides')
 
 
-@patch_to(Exhibit)
-def asked(self,
-    named, # Names of a function's own arguments
-)->dict:
-    "Parameters that narrow the profile and were given, except those that a function names itself."
-    p = dict(self.parameters)
-    if p.get('epochs'): p['overrides'] = {**parse_overrides(p['overrides']), 'epochs': p['epochs']}
-    return {k: p[k] for k in NARROWING if p.get(k) and k not in named}
+class Given(Asked):
+    "Calls functions with what they ask for, by the names of their arguments."
+    def asked(self,
+        named, # Names of a function's own arguments
+    )->dict:
+        "Parameters that narrow the profile and were given, except those that a function names itself."
+        p = dict(self.parameters)
+        if p.get('epochs'): p['overrides'] = {**parse_overrides(p['overrides']), 'epochs': p['epochs']}
+        return {k: p[k] for k in NARROWING if p.get(k) and k not in named}
 
-
-@patch_to(Exhibit)
-def give(self,
-    function, # A function of the notebook
-):
-    "Call a function with what it asks for."
-    arguments = {}
-    named = inspect.signature(function).parameters
-    for name, argument in named.items():
-        if argument.kind == argument.VAR_KEYWORD: arguments |= self.asked(named)
-        elif name in self.OFFERED: arguments[name] = getattr(self, name)
-        elif name in self.parameters: arguments[name] = self.parameters[name]
-        elif argument.default is argument.empty:
-            check_choice(f'argument of {function.__name__}', name, [*self.OFFERED, *self.parameters])
-    return function(**arguments)
+    def give(self,
+        function, # A function of the notebook
+    ):
+        "Call a function with what it asks for."
+        arguments = {}
+        named = inspect.signature(function).parameters
+        for name, argument in named.items():
+            if argument.kind == argument.VAR_KEYWORD: arguments |= self.asked(named)
+            elif name in self.OFFERED: arguments[name] = getattr(self, name)
+            elif name in self.parameters: arguments[name] = self.parameters[name]
+            elif argument.default is argument.empty:
+                check_choice(f'argument of {function.__name__}', name, [*self.OFFERED, *self.parameters])
+        return function(**arguments)
 
 # %% ../../nbs/report/09_exhibit.ipynb #ea810514
 TOLD = '» ' # begins what the command line shows too
@@ -219,44 +216,41 @@ def tell(
     display({'text/plain': TOLD + text, 'text/html': page}, raw=True)
 
 # %% ../../nbs/report/09_exhibit.ipynb #5ccdc3cf
-@patch_to(Exhibit)
-def plan(self,
-    entries, # Function that says what must be run
-    describe=None, # Function that says as text what there is to do; None for the estimate of hours
-    note=provenance_note, # Function that says where the numbers come from
-):
-    "Find out what must be run, and show it."
-    self.entries, self._note = self.give(entries), note
-    plan = Plan.of([e.run for e in self.entries]).check()
-    self.selection = selection_rule(self.parameters.get('selection', 'paper'), self.profile.name, self.entries)
-    if describe:
-        text = self.give(describe)
-        return tell(text, f'<pre>{text}</pre>')
-    found = estimate(plan, self.store, self.settings, self.parameters.get('throughput', ''))
-    done = all(map(self.store.finished, plan.runs)) and not self.plan_only
-    tell(f'{len(plan.runs)} runs, all of them finished.' if done else str(found), found._repr_html_())
+class Planned(Given):
+    "Finds out what must be run, shows it, and has it computed."
+    def plan(self,
+        entries, # Function that says what must be run
+        describe=None, # Function that says as text what there is to do; None for the estimate of hours
+        note=provenance_note, # Function that says where the numbers come from
+    ):
+        "Find out what must be run, and show it."
+        self.entries, self._note = self.give(entries), note
+        plan = Plan.of([e.run for e in self.entries]).check()
+        self.selection = selection_rule(self.parameters.get('selection', 'paper'), self.profile.name, self.entries)
+        if describe:
+            text = self.give(describe)
+            return tell(text, f'<pre>{text}</pre>')
+        found = estimate(plan, self.store, self.settings, self.parameters.get('throughput', ''))
+        done = all(map(self.store.finished, plan.runs)) and not self.plan_only
+        tell(f'{len(plan.runs)} runs, all of them finished.' if done else str(found), found._repr_html_())
 
+    def run(self,
+        entries, # Function that says what must be run
+    ):
+        "Show the plan and compute what the store lacks."
+        self.plan(entries)
+        if self.plan_only: return
+        p = self.parameters
+        count = process_count(p['workers'], p['executor'], self.profile)
+        complaints = compute(Plan.of([e.run for e in self.entries]), self.store, p['executor'], count, self.settings,
+                             root=p['data_root'] or None, allow_unverified=p['allow_unverified'], progress=log_progress())
+        for sentence in complaints: tell(sentence, f'<p>{sentence}</p>')
 
-@patch_to(Exhibit)
-def run(self,
-    entries, # Function that says what must be run
-):
-    "Show the plan and compute what the store lacks."
-    self.plan(entries)
-    if self.plan_only: return
-    p = self.parameters
-    count = process_count(p['workers'], p['executor'], self.profile)
-    complaints = compute(Plan.of([e.run for e in self.entries]), self.store, p['executor'], count, self.settings,
-                         root=p['data_root'] or None, allow_unverified=p['allow_unverified'], progress=log_progress())
-    for sentence in complaints: tell(sentence, f'<p>{sentence}</p>')
-
-
-@patch_to(Exhibit)
-def do(self,
-    function, # What else has to be done before the result can be shown
-):
-    "Call a function with what it asks for, unless only the plan is wanted."
-    if not self.plan_only: self.give(function)
+    def do(self,
+        function, # What else has to be done before the result can be shown
+    ):
+        "Call a function with what it asks for, unless only the plan is wanted."
+        if not self.plan_only: self.give(function)
 
 # %% ../../nbs/report/09_exhibit.ipynb #b8a2046c
 def _stems(name, found):
@@ -271,77 +265,63 @@ def _frame_html(frame):
     return HTML(frame.to_html(index=not plain, border=0, na_rep='', float_format='{:.4g}'.format))
 
 
-def _small(figure):
-    "A figure in few dots and colours: a notebook that holds it stays small."
-    large, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(large, format='png', dpi=72, bbox_inches='tight')
-    Raster.open(large).convert('RGB').quantize(48).save(small, 'png', optimize=True)
-    return Image(small.getvalue())
-
-
 def _shown(item):
     if isinstance(item, Table): return HTML(html_table(item))
-    if isinstance(item, Picture): return _small(item.figure)
+    if isinstance(item, Picture): return item.figure
     if isinstance(item, pd.DataFrame): return _frame_html(item)
     return Markdown('\n\n'.join([item] if isinstance(item, str) else item))
 
 # %% ../../nbs/report/09_exhibit.ipynb #b320b2cc
-@patch_to(Exhibit)
-def write(self,
-    function, # Function that makes the result
-    name: str='', # File name without a suffix; empty means the exhibit's for tables and pictures, none for data frames
-)->list:
-    "Write what a function returns; the results."
-    found = _stems(name or self.name, self.give(function))
-    for stem, item in found.items():
-        if isinstance(item, Table): save_table(replace(item, note=self.note), self.folder/stem)
-        elif isinstance(item, Picture): save_picture(item, self.note, self.folder/stem)
-        elif isinstance(item, pd.DataFrame) and name: atomic_write(self.folder/f'{stem}.csv', item.to_csv(index=False))
-    return list(found.values())
+class Published(Planned):
+    "Writes results, and shows them."
+    def write(self,
+        function, # Function that makes the result
+        name: str='', # File name without a suffix; empty means the exhibit's for tables and pictures, none for data frames
+    )->list:
+        "Write what a function returns; the results."
+        found = _stems(name or self.name, self.give(function))
+        for stem, item in found.items():
+            if isinstance(item, Table): save_table(replace(item, note=self.note), self.folder/stem)
+            elif isinstance(item, Picture): save_picture(item, self.note, self.folder/stem)
+            elif isinstance(item, pd.DataFrame) and name: atomic_write(self.folder/f'{stem}.csv', item.to_csv(index=False))
+        return list(found.values())
 
+    def publish(self,
+        function, # Function that makes the result
+        name: str='', # As for `write`
+    ):
+        "Write what a function returns, without showing it."
+        if not self.plan_only: self.write(function, name)
 
-@patch_to(Exhibit)
-def publish(self,
-    function, # Function that makes the result
-    name: str='', # As for `write`
-):
-    "Write what a function returns, without showing it."
-    if not self.plan_only: self.write(function, name)
-
-
-@patch_to(Exhibit)
-def show(self,
-    function, # Function that makes the result
-    name: str='', # As for `write`
-):
-    "Write what a function returns, and show it."
-    for item in [] if self.plan_only else self.write(function, name): display(_shown(item))
+    def show(self,
+        function, # Function that makes the result
+        name: str='', # As for `write`
+    ):
+        "Write what a function returns, and show it."
+        for item in [] if self.plan_only else self.write(function, name): display(_shown(item))
 
 # %% ../../nbs/report/09_exhibit.ipynb #893193de
-@patch_to(Exhibit)
-def printed(self):
-    "Show the printed table where it is small, and what the audit of the paper finds about it."
-    if 1 < self.number < 10: display(printed_table(self.number))
-    found = findings(self.number)
-    if len(found): display(_frame_html(found[['topic', 'finding']]))
+class Exhibit(Published):
+    "A table or figure while its notebook runs."
+    def printed(self):
+        "Show the printed table where it is small, and what the audit of the paper finds about it."
+        if 1 < self.number < 10: display(printed_table(self.number))
+        found = findings(self.number)
+        if len(found): display(_frame_html(found[['topic', 'finding']]))
 
+    def answer(self,
+        function, # Function that returns an `Answer`
+    ):
+        "Show what becomes of the paper's claim, and keep it beside the result."
+        if self.plan_only: return
+        found = self.give(function)
+        text = json.dumps({**asdict(found), 'command': self.command}, indent=1, ensure_ascii=False)
+        atomic_write(self.folder/f'{self.name}.answer.json', text + '\n')
+        display(Markdown(f'**{found.verdict[0].upper()}{found.verdict[1:]}.** {found.because}'))
 
-@patch_to(Exhibit)
-def answer(self,
-    function, # Function that returns an `Answer`
-):
-    "Show what becomes of the paper's claim, and keep it beside the result."
-    if self.plan_only: return
-    found = self.give(function)
-    text = json.dumps({**asdict(found), 'command': self.command}, indent=1, ensure_ascii=False)
-    atomic_write(self.folder/f'{self.name}.answer.json', text + '\n')
-    display(Markdown(f'**{found.verdict[0].upper()}{found.verdict[1:]}.** {found.because}'))
-
-
-@patch_to(Exhibit)
-def provenance(self):
-    "Show where the numbers come from and where the files are."
-    if self.plan_only: return
-    place, root = self.folder.resolve(), project_root()
-    shown = place.relative_to(root) if place.is_relative_to(root) else place
-    display(Markdown(f'{self.note} Everything is in `{shown}`.'))
+    def provenance(self):
+        "Show where the numbers come from and where the files are."
+        if self.plan_only: return
+        place, root = self.folder.resolve(), project_root()
+        shown = place.relative_to(root) if place.is_relative_to(root) else place
+        display(Markdown(f'{self.note} Everything is in `{shown}`.'))

@@ -85,7 +85,7 @@ def _draw_curve(ax, alphas, values, name, look, width=1.5):
 
 
 def _peak_legend(fig, handles, peaks, end):
-    "The legend below: every largest CMI, the highest first, and its power where it is not the one that the title names."
+    "The legend below: the largest CMI of each, the highest first, and its power unless the title names it."
     powers = [at for _, at in peaks.values()]
     usual = max(powers, key=powers.count)
     shared = powers.count(usual) > 1

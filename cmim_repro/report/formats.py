@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 from jinja2 import Environment, PackageLoader
 
-from ..core import Invalid, atomic_write, check_choice, patch_to
+from ..core import Invalid, atomic_write, check_choice
 from .paper import label
 
 # %% ../../nbs/report/04_formats.ipynb #abfb6016
@@ -105,6 +105,8 @@ class Table:
             while same < len(before) - 1 and before[same] == row[0][same]: same += 1
             before = tuple(row[0])
             yield ('',) * same + before[same:], row[1]
+
+    def _repr_html_(self): return html_table(self) # how a notebook shows it
 
 # %% ../../nbs/report/04_formats.ipynb #4a54c2a6
 _FIELDS = ('printed', 'mean', 'sd', 'n', 'arrow', 'verdict')
@@ -247,10 +249,6 @@ def to_html(
 )->str:
     "The table as a self-contained HTML page with its style inside: no file or network needed."
     return render('table_page.html.j2', table=table) + '\n'
-
-
-@patch_to(Table)
-def _repr_html_(self): return html_table(self)
 
 # %% ../../nbs/report/04_formats.ipynb #1b31b361
 def to_text(
