@@ -243,7 +243,8 @@ class Planned(Given):
         p = self.parameters
         count = process_count(p['workers'], p['executor'], self.profile)
         complaints = compute(Plan.of([e.run for e in self.entries]), self.store, p['executor'], count, self.settings,
-                             root=p['data_root'] or None, allow_unverified=p['allow_unverified'], progress=log_progress())
+                             root=p['data_root'] or None, allow_unverified=p['allow_unverified'],
+                             progress=log_progress())
         for sentence in complaints: tell(sentence, f'<p>{sentence}</p>')
 
     def do(self,
@@ -276,14 +277,15 @@ class Published(Planned):
     "Writes results, and shows them."
     def write(self,
         function, # Function that makes the result
-        name: str='', # File name without a suffix; empty means the exhibit's for tables and pictures, none for data frames
+        name: str='', # File name without a suffix; empty: the exhibit's for tables and pictures, none for frames
     )->list:
         "Write what a function returns; the results."
         found = _stems(name or self.name, self.give(function))
         for stem, item in found.items():
             if isinstance(item, Table): save_table(replace(item, note=self.note), self.folder/stem)
             elif isinstance(item, Picture): save_picture(item, self.note, self.folder/stem)
-            elif isinstance(item, pd.DataFrame) and name: atomic_write(self.folder/f'{stem}.csv', item.to_csv(index=False))
+            elif isinstance(item, pd.DataFrame) and name:
+                atomic_write(self.folder/f'{stem}.csv', item.to_csv(index=False))
         return list(found.values())
 
     def publish(self,
