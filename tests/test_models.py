@@ -1,5 +1,7 @@
 "Every network: parameter counts, shapes, gradients, memory formats, graph capture, and refused input."
+import csv
 import functools
+from pathlib import Path
 from urllib.error import URLError
 
 import pytest
@@ -8,6 +10,7 @@ import torchvision
 
 from cmim_repro.core import Invalid, Unusable
 from cmim_repro.lab.models.core import count_parameters, describe, model, sketch
+from cmim_repro.lab.training import initialised
 
 COUNTS = {  # at 100 classes and three channels
     'vgg8': 3_965_028, 'vgg11': 28_518_244, 'vgg13': 28_703_140, 'vgg16': 34_015_396,
@@ -220,3 +223,15 @@ def test_published_weights_are_read_from_the_cache(monkeypatch, tmp_path):
     torch.save(saved, folder/torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1.url.rsplit('/', 1)[1])
     net = model('imagenet_mobilenetv2', pretrained=True)
     assert all(value.equal(saved[key]) for key, value in net.state_dict().items())
+
+
+WEIGHTS = list(csv.DictReader((Path(__file__).parent/'golden'/'initial_weights.csv').read_text().splitlines()))
+
+
+@pytest.mark.parametrize('line', WEIGHTS, ids=lambda line: f"{line['network']}-{line['image']}")
+def test_a_seed_draws_the_weights_that_it_drew(line):
+    "The order in which blocks are made decides their weights: another order, and finished runs would not come out again."
+    shape = tuple(map(int, line['image'].split('x')))
+    net = initialised(lambda: model(line['network'], num_classes=10, image_shape=shape), 0)
+    total = sum((i % 7 + 1)*p.detach().double().abs().sum().item() for i, p in enumerate(net.parameters()))
+    assert total == pytest.approx(float(line['sum']), rel=1e-6)

@@ -9,9 +9,8 @@ __all__ = ['NETWORKS', 'entries', 'timed_runs', 'state', 'time_note', 'measure',
 import numpy as np
 import pandas as pd
 
+from ..experiments.cost import measure_times, read_times, throughput
 from ..experiments.profiles import narrowed
-from ..experiments.cost import measure_times, read_times
-from ..experiments.throughput import throughput
 from ..report.formats import Table, runs_cell
 from ..report.models import about, model_entries
 from ..report.paper import label, printed

@@ -65,8 +65,8 @@ def residual_stages(
 def _resnet(block, depths, widths, num_classes, image_shape):
     expansion = 4 if block is _bottleneck else 1
     stages = residual_stages(block, expansion, widths[0], widths, depths)
-    head = average_head(expansion * widths[-1], num_classes)
-    return chain(stem=conv_bn(image_shape[0], widths[0]), **stages, head=head)
+    stem = conv_bn(image_shape[0], widths[0])
+    return chain(stem=stem, **stages, head=average_head(expansion * widths[-1], num_classes))
 
 # %% ../../../nbs/lab/models/03_resnet.ipynb #bf1c7264
 WIDTHS = (64, 128, 256, 512)
