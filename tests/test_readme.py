@@ -6,6 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from cmim_repro.report.statistics import t_interval
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT/'README.md').read_text()
 
@@ -38,3 +40,21 @@ def test_make_targets_exist():
 
 def test_links_lead_somewhere():
     for target in re.findall(r'\]\(([^)#]+)\)', README): assert (ROOT/target).exists(), target
+
+
+def test_what_does_not_agree_is_computed_from_the_files_too():
+    folder = ROOT/'data'/'results'/'mini'
+    cmi = pd.read_csv(folder/'cmi.csv').set_index(['defense', 'alpha'])['mean']
+    for defense in ('mad', 'rsp'): assert all(cmi[defense, alpha] < cmi['cmim', alpha] for alpha in (.25, .5, 1.))
+    curves = pd.read_csv(folder/'figure1.csv')
+    peaks = curves.loc[curves.groupby(['seed', 'class'])['cmi'].idxmax(), 'alpha']
+    assert (peaks == 4).all() and len(peaks) == 9 and '0 of 9 maxima' in README
+    runs = pd.read_csv(folder/'table1_runs.csv')
+    models = runs[runs['column'] == 'model'].drop_duplicates(['defense', 'seed']).pivot(index='seed', columns='defense', values='last')
+    low, high = t_interval((models['cmim'] - models['ls']).to_numpy())
+    assert f'from {low:.2f} to +{high:.2f} points against LS' in README
+    picked = runs[runs['chosen_clean'] & (runs['defense'] == 'ce')].groupby('column')['last'].mean()
+    assert f"ends {picked['ls'] - picked['knockoff']:.2f} points below" in ' '.join(README.split())
+    assert set(runs.loc[runs['chosen_clean'] & (runs['column'] == 'ls'), 'choice']) == {'epsilon=0.01'}
+    gains = pd.read_csv(folder/'table5.csv').query("column == 'gain'").set_index('Model')['mean']
+    assert gains['cnn_small'] == pytest.approx(-1.00, abs=.005)

@@ -16,7 +16,7 @@ from ..lab.losses import Loss
 EPSILONS = (.01, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9)
 
 
-@objective.register('ls', variants={'authors': {}, 'paper': {}}, epsilons=EPSILONS, paper={'*': {'epsilon': .05}})
+@objective.register('ls', variants={'authors': {}, 'paper': {}}, paper={'*': {'epsilon': .05}})
 class LabelSmoothing(Loss):
     "Mean cross-entropy with smoothed labels, in nats (eq. 1; Szegedy et al., 2016)."
     def __init__(self,

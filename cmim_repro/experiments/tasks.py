@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from ..attacks.core import attack
 from ..core import check_choice
 from ..defenses.core import objective, release
+from ..defenses.ls import EPSILONS
 from .runs import registry_of
 from ..lab.data.core import dataset, size_of
 from ..lab.training import Recipe, override
@@ -29,7 +30,7 @@ class Task:
     data_options: Mapping = field(default_factory=dict) # Options of the data set
     defenses: tuple = ('mad', 'apgp', 'rsp', 'nt', 'snt', 'st', 'ls', 'cmim') # Rows of Table 1
     attacks: tuple = ('kd', 'mkd', 'dkd', 'dist', 'htc', 'avg', 'knockoff') # Columns of Table 1
-    epsilons: tuple = (.01, .05, .1, .2, .3, .4, .5, .6, .7, .8, .9) # Grid of the label-smoothing student (App. G)
+    epsilons: tuple = EPSILONS # Grid of the label-smoothing student (App. G)
     options: Mapping = field(default_factory=dict) # Method to {network or '*': options}
     recipes: Mapping = field(default_factory=dict) # Network or method to changes of its recipe
     choices: Mapping = field(default_factory=dict) # Name to (recipe, changes by network): what `recipe=NAME` may choose
