@@ -213,7 +213,7 @@ def _fresh_outputs(bank, forward, data, batch):
     indices, labels = bank.draw(*key, classes=present if bank.every == 1 else None)
     for group in range(process_rank(), -(-len(indices)//GROUP), processes()):
         part = slice(group*GROUP, (group + 1)*GROUP)
-        images = data.take('train', indices[part], augment='standard', key=(*key, group))
+        images = data.take('train', indices[part], augment=batch.augment, key=(*key, group))
         yield forward(images), labels[part].to(batch.labels.device)
 
 # %% ../../nbs/defenses/05_centroids.ipynb #2614975c

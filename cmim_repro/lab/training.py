@@ -118,6 +118,7 @@ class Batch:
     epoch: int # From 0
     step: int # From 0 within the epoch
     shares: tuple = () # Images that each process has; empty when this one has all
+    augment: str = 'standard' # How the images were augmented
 
     @property
     def size(self): return sum(self.shares) or len(self.labels) # images in all processes
@@ -333,7 +334,8 @@ def _stream(data, recipe, seed, epoch, start, answers):
     for step, (images, labels, indices) in enumerate(batches, start):
         whole = recipe.batch_size if step < steps - 1 else size - step*recipe.batch_size
         shares = share_sizes(whole)
-        yield Batch(images, labels, indices, answers(images, indices), seed, epoch, step, shares), steps
+        given = answers(images, indices)
+        yield Batch(images, labels, indices, given, seed, epoch, step, shares, recipe.augment), steps
 
 
 def train_epoch(

@@ -12,6 +12,7 @@ import pandas as pd
 from ..core import Invalid, check_choice
 from ..experiments.profiles import Entry, Profile, attacked, candidates, protected, smoothed
 from ..experiments.profiles import choice_label
+from .paper import label
 from .statistics import judge, seeds_to_decide
 
 # %% ../../nbs/report/06_results.ipynb #6620c03e
@@ -80,7 +81,9 @@ def chosen(
 
 
 def _winner(cell, criterion):
-    done = cell.dropna(subset='last')
+    "The best candidate on the seeds that all have finished; one that diverged with some seed is no candidate."
+    sound = cell[~cell.groupby('choice')['diverged'].transform('any')].dropna(subset='last')
+    done = sound if len(sound) else cell.dropna(subset='last')
     if done.empty: return cell['choice'].iloc[0]
     if done[criterion].isna().all():
         raise Invalid("selection is 'clean', but no training images were held out; "
@@ -122,10 +125,18 @@ def verdicts(
         runs = runs_of(row)
         ls = runs.pop('ls', {})
         v = judge(runs, ls, margin=margin)
-        n = min(map(len, [ls, *runs.values()]))
+        pairs = int(v.table['n'].min()) if len(v.table) else 0
         found.append({**dict(zip(_CELL, key, strict=False)), 'paper rule': v.paper_rule, 'verdict': v.verdict,
-                      'why': v.reason, 'n': n, 'seeds to decide': _seeds_text(v, margin)})
+                      'why': ' '.join(filter(None, [v.reason, _left_out(row)])), 'n': pairs,
+                      'seeds to decide': _seeds_text(v, margin)})
     return pd.DataFrame(found)
+
+
+def _left_out(row):
+    "A sentence about diverged runs, which no interval counts."
+    lost = row[row['diverged']].groupby('column', sort=False).size()
+    parts = [f'{count} of {label(column)}' for column, count in lost.items()]
+    return f"Left out, because they diverged: {', '.join(parts)}." if parts else ''
 
 
 def _seeds_text(judgement, margin, limit=10_000):

@@ -259,7 +259,9 @@ def welch(
     n=3, # Runs behind each mean
     confidence=.95, # Two-sided confidence
 )->dict:
-    "Difference of two independent means from their printed summary: mean, low, high and the one-sided p-values."
+    "Difference of two independent means from their printed summary: mean, low, high, one-sided p; NaN without spread."
+    if not sd and not ls_sd:
+        return dict(n=n, mean=mean - ls_mean, low=math.nan, high=math.nan, p_up=math.nan, p_down=math.nan)
     test = stats.ttest_ind_from_stats(mean, sd, n, ls_mean, ls_sd, n, equal_var=False)
     a, b = sd ** 2 / n, ls_sd ** 2 / n
     half = stats.t.ppf((1 + confidence) / 2, (a + b) ** 2 * (n - 1) / (a ** 2 + b ** 2)) * math.sqrt(a + b)
