@@ -140,7 +140,7 @@ def training(kind, every, rank, world):
         for step, whole in enumerate(order.split(11)):
             indices = whole[len(whole)*rank//world:len(whole)*(rank + 1)//world]
             images, labels = data.images[indices], data.labels[indices]
-            batch = SimpleNamespace(images=images, labels=labels, indices=indices, epoch=epoch, step=step, seed=0, shares=())
+            batch = SimpleNamespace(images=images, labels=labels, indices=indices, epoch=epoch, step=step, seed=0, shares=(), augment='standard')
             with torch.no_grad(): method.before_step(lambda x: net(x).log_softmax(-1), data, batch)
             logits = wrapped(images)
             method.observe(*gather_over_processes(logits.detach().log_softmax(-1), labels, indices))
@@ -206,7 +206,7 @@ def test_killed_and_resumed_is_bit_for_bit(kind):
     logits = torch.randn(3, 40, 4, generator=torch.Generator().manual_seed(0))
     def epoch(method, e):
         method.start_epoch(e)
-        batch = SimpleNamespace(labels=data.labels[:20], epoch=e, step=0, seed=0, shares=())
+        batch = SimpleNamespace(labels=data.labels[:20], epoch=e, step=0, seed=0, shares=(), augment='standard')
         method.before_step(lambda x: x[:, :4].log_softmax(-1), data, batch)
         method.observe(logits[e, :20].log_softmax(-1), data.labels[:20], torch.arange(20))
         return method(logits[e, :20], None, data.labels[:20])
