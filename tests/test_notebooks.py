@@ -40,6 +40,13 @@ def test_prose_is_at_most_120_wide(path):
 
 
 @every_notebook
+def test_no_sentence_of_a_cell_is_there_twice(path):
+    for cell in cells(path, 'markdown'):
+        lines = Counter(line for line in source(cell).splitlines() if len(line) > 20 and not line.startswith('|'))
+        assert not [line for line, times in lines.items() if times > 1]
+
+
+@every_notebook
 def test_a_cell_fits_on_a_screen(path):
     for cell in cells(path, 'code'): assert len(source(cell).splitlines()) <= LINES, source(cell)[:300]
 
