@@ -1,8 +1,9 @@
-"""Several processes train as one does: the same losses for every objective and every bank, one checkpoint, and a resume with another number of processes."""
+"""Several processes train as one does: the same losses for every objective and every bank, one checkpoint, and a resume."""
 import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -29,19 +30,20 @@ def network(seed):
     return initialised(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.Tanh(), nn.Linear(24, 10)), seed)
 
 
-def learner(name, data, folder=None, recipe=RECIPE):
+def learner(name, data, recipe):
     method = name.split()[0]
     registry = objective if name in TEACHERS else attack
     facts = {'num_classes': 10, 'train_labels': data.labels('train'), 'seed': 3}
     loss = registry(method, **TEACHERS.get(name, {}), **{k: v for k, v in facts.items() if k in registry.context(method)})
-    return Learner(name, network(5), loss, recipe, folder=folder)
+    return Learner(name, network(5), loss, recipe)
 
 
 def histories(micro_batch=0):
     data, black_box = dataset('digits', **DIGITS), network(9)
     def teacher(images): return black_box(images).log_softmax(1)
-    learners = [learner(name, data) for name in (*TEACHERS, *STUDENTS)]
-    train(learners, data, 0, teacher, Settings(device='cpu', micro_batch=micro_batch))
+    recipe = replace(RECIPE, micro_batch=micro_batch)
+    learners = [learner(name, data, recipe) for name in (*TEACHERS, *STUDENTS)]
+    train(learners, data, 0, teacher, Settings(device='cpu'))
     return {one.name: (one.history, [p.detach() for p in one.model.parameters()]) for one in learners}
 
 
@@ -63,7 +65,7 @@ def test_processes_give_the_losses_of_one(tmp_path, world, micro_batch):
             torch.testing.assert_close(weights, one[name][1], rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f'{name}: {text}')
 
 
-COMMON = {'recipe': Recipe(epochs=6, batch_size=32, lr=.05, schedule='cosine'), 'data_options': {'per_class': 60}}
+COMMON = {'recipe': Recipe(epochs=6, batch_size=32, lr=.05, schedule='cosine', processes=2), 'data_options': {'per_class': 60}}
 TEACHER = make_run('digits', 'cnn_small', 'cmim', weight=1., **COMMON)
 PLAN = Plan.of([make_run('digits', 'cnn_tiny', method, teacher=TEACHER, **COMMON) for method in ('kd', 'mkd')])
 
@@ -71,12 +73,22 @@ PLAN = Plan.of([make_run('digits', 'cnn_tiny', method, teacher=TEACHER, **COMMON
 def command(folder, processes):
     (folder/'plan.json').write_text(json.dumps([run.to_dict() for run in PLAN.runs]))
     start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes)] if processes > 1 else [sys.executable]
-    return [*start, '-m', 'cmim_repro.experiments.execution', str(folder/'plan.json'), '--store', str(folder/'store'), '--threads', '1', '--device', 'cpu',
+    return [*start, '-m', 'cmim_repro.experiments.execution', str(folder/'plan.json'), '--store', str(folder/'store'), '--device', 'cpu',
             '--settings', 'checkpoint_seconds=0, inside_seconds=0']
 
 
+def test_the_number_of_processes_belongs_to_the_run(tmp_path):
+    "Batch normalisation sees the share of one process: a run for two is not trained by one."
+    refused = subprocess.run(command(tmp_path, 1), capture_output=True, text=True)
+    assert refused.returncode == 2 and not Store(tmp_path/'store').runs()
+    assert refused.stderr.strip().splitlines()[-1] == (f"error: {TEACHER.name} is to be trained by 2 processes together, and here is 1; start it with the executor "
+                                                       "'torchrun:2', or change the override processes.")
+    alone = make_run('digits', 'cnn_small', 'cmim', weight=1., **{**COMMON, 'recipe': replace(COMMON['recipe'], processes=1)})
+    assert alone.id != TEACHER.id
+
+
 @pytest.mark.slow
-def test_torchrun_is_killed_and_one_process_goes_on(tmp_path):
+def test_torchrun_is_killed_and_goes_on(tmp_path):
     store = Store(tmp_path/'store')
     quiet = {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True}
     group = subprocess.Popen(command(tmp_path, 2), **quiet)
@@ -89,10 +101,10 @@ def test_torchrun_is_killed_and_one_process_goes_on(tmp_path):
     psutil.wait_procs(family)
     assert store.result(TEACHER) is None and (store.folder(TEACHER)/'checkpoint.pt').exists()
     before = store.metrics(TEACHER)
-    done = subprocess.run(command(tmp_path, 1), **quiet)
+    done = subprocess.run(command(tmp_path, 2), **quiet)
     assert done.returncode == 0, done.stderr[-2000:]
     assert store.metrics(TEACHER)[:len(before)] == before
-    assert store.result(TEACHER)['processes'] == 1 and store.result(TEACHER)['accuracy'] > .8
+    assert store.result(TEACHER)['processes'] == 2 and store.result(TEACHER)['accuracy'] > .8
     for run in PLAN.runs: assert len(store.metrics(run)) == 6 and store.result(run)
 
 

@@ -202,12 +202,12 @@ def test_a_queue_computes_the_plan(undisturbed, tmp_path, monkeypatch):
 
 
 def test_torchruns_command_passes_every_setting(tmp_path):
-    settings = Settings(device='cpu', micro_batch=16, tf32=False)
+    settings = Settings(device='cpu', threads=3, tf32=False)
     command = torchrun_command(3, 'plan.json', Store(tmp_path), settings, tmp_path, True)
     assert command[:8] == ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '3',
                            '-m', 'cmim_repro.experiments.execution', 'plan.json']
     pairs = dict(zip(command[8:-1:2], command[9::2], strict=False))
-    assert 'tf32=False, micro_batch=16' in pairs['--settings'] and pairs['--data-root'] == str(tmp_path)
+    assert 'tf32=False, threads=3' in pairs['--settings'] and pairs['--data-root'] == str(tmp_path)
     assert command[-1] == '--allow-unverified'
     assert read_executor('torchrun:3') == ('torchrun', 3)
 

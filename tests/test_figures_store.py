@@ -80,17 +80,17 @@ def test_one_changed_output_changes_figures_1_2_3(models):
 def test_a_deleted_model_is_left_out_of_figures_1_2_3(models):
     store, entries = models
     before = data_of(store, entries)
-    store.forget(next(e.run for e in entries if e.defense == 'ce' and e.seed == 0))
+    store.set_aside(next(e.run for e in entries if e.defense == 'ce' and e.seed == 0))
     after = data_of(store, entries)
     left = before['figure1'][before['figure1']['seed'] == 1].reset_index(drop=True)
     assert after['figure1'].equals(left)
     assert after['tops'].set_index('defense')['n'].to_dict() == {'ce': 1, 'nt': 2, 'cmim': 2}
     for e in entries:
-        if e.defense == 'nt': store.forget(e.run)
+        if e.defense == 'nt': store.set_aside(e.run)
     gone = data_of(store, entries)
     for name in ('figure2', 'clusters', 'tops'): assert set(gone[name]['defense']) == {'ce', 'cmim'}, name
     assert list(gone['figure3']) == ['ce', 'cmim'] and np.allclose(gone['figure3']['cmim'], before['figure3']['cmim'])
-    for e in entries: store.forget(e.run)
+    for e in entries: store.set_aside(e.run)
     assert model_outputs(entries, store) == {} and model_curves({}, ALPHAS) == {}
     assert figure3.peak_table({}, ALPHAS).empty
 
@@ -120,11 +120,11 @@ def test_sweeps_follow_the_store(study):
     change(store, run, accuracy=old + .03)
     after, _ = drawn(study, store, entries)
     assert after[low] == pytest.approx(before[low] + 1) and {**after, low: 0} == {**before, low: 0}
-    store.forget(run)
+    store.set_aside(run)
     rest = [100*store.result(r)['accuracy'] for r in students(entries, study, low)[1:]]
     shorter, points = drawn(study, store, entries)
     assert shorter[low] == pytest.approx(np.mean(rest)) and points == 3*len(before) - 1
-    for r in students(entries, study, high): store.forget(r)
+    for r in students(entries, study, high): store.set_aside(r)
     assert high not in drawn(study, store, entries)[0]
     summary = sweep_summary(sweep_frame(entries, store, study.option), study.option)
     assert summary.loc[(summary[study.option] == high) & ~summary['naive_exp'],
@@ -136,7 +136,7 @@ def test_the_reference_line_follows_the_store(study):
     [(key, before)] = ls_reference(entries, store).items()
     for run in {e.run for e in entries if e.column == 'ls'}: change(store, run, accuracy=.25)
     assert ls_reference(entries, store) == {key: pytest.approx(25)} and before != pytest.approx(25)
-    for run in {e.run for e in entries if e.column == 'ls'}: store.forget(run)
+    for run in {e.run for e in entries if e.column == 'ls'}: store.set_aside(run)
     assert ls_reference(entries, store) == {}
 
 
@@ -172,11 +172,11 @@ def test_table10_counts_divergence_and_leaves_missing_runs_empty(tmp_path):
              and e.run.teacher.options['omega'] == 25]
     change(store, naive[2], accuracy=.71)
     assert cells()['naive exponential'][1].startswith('64.00')
-    for run in naive: store.forget(run)
+    for run in naive: store.set_aside(run)
     assert cells()['naive exponential'][1] == ''
-    store.forget(next(e.run.teacher for e in entries if e.run.teacher and is_lost(e.run.teacher)))
+    store.set_aside(next(e.run.teacher for e in entries if e.run.teacher and is_lost(e.run.teacher)))
     assert cells()['naive exponential'][2] == 'NaN, 2 of 3 diverged'
-    for e in entries: store.forget(e.run)
+    for e in entries: store.set_aside(e.run)
     assert {c for row, cells_ in cells().items() if row != 'as printed' for c in cells_} == {''}
 
 

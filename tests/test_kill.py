@@ -23,7 +23,7 @@ SETTINGS = Settings(device='cpu', checkpoint_seconds=0., inside_seconds=0.)
 
 def command(folder, plan):
     (folder/'plan.json').write_text(json.dumps([run.to_dict() for run in plan.runs]))
-    return [sys.executable, '-m', 'cmim_repro.experiments.execution', str(folder/'plan.json'), '--store', str(folder/'store'), '--threads', '1',
+    return [sys.executable, '-m', 'cmim_repro.experiments.execution', str(folder/'plan.json'), '--store', str(folder/'store'),
             '--device', 'cpu', '--settings', 'checkpoint_seconds=0, inside_seconds=0']
 
 

@@ -158,7 +158,7 @@ def test_deleted_run_counts_no_more_and_without_runs_the_cell_is_empty(store, na
     twins = [e for e in kind.entries if kind.places(e) and set(kind.places(e)) & set(kind.places(victim))]
     touched = {place for e in kind.entries if e.run in {t.run for t in twins} for place in kind.places(e)}
     for left, e in reversed(list(enumerate(twins))):
-        store.forget(e.run)
+        store.set_aside(e.run)
         now = cells(kind, store)
         for place in kind.places(victim): assert now[place].n == min(left, before[place].n)
     for place in touched:
@@ -188,11 +188,11 @@ def test_deleted_measurement_empties_table_9(store):
 def test_gain_and_difference_lose_only_the_missing_seed(store):
     gain = ((SMALL.tasks[0].data, TEACHER), 'gain')
     assert cells(TABLES['5'], store)[gain].n == 3
-    store.forget(one('ce', 'model', seed=2))
+    store.set_aside(one('ce', 'model', seed=2))
     assert cells(TABLES['5'], store)[gain].n == 2
     place = ((SMALL.tasks[0].data, TEACHER, STUDENT, 'difference'), 'seed 2')
     assert cells(TABLES['8'], store)[place].n == 1
-    store.forget(one('cmim', 'ls', seed=1))
+    store.set_aside(one('cmim', 'ls', seed=1))
     assert cells(TABLES['8'], store)[place].mean is None
 
 

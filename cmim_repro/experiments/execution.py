@@ -25,10 +25,10 @@ from ..attacks.knockoff import choose_queries, transfer_source
 from ..core import Invalid, Unusable, check_choice, keyed_generator
 from .profiles import parse_overrides
 from .runs import Plan, canonical, chain_answers, registry_of, run_from_dict
-from .store import Store, provenance
-from ..lab.data.core import batch_places, dataset, rank_share, step_count
+from .store import Store, code_digest, provenance
+from ..lab.data.core import SPLITS, batch_places, dataset, rank_share, step_count
 from ..lab.models.core import model
-from ..lab.training import Learner, Settings, initialised, train
+from ..lab.training import Learner, Settings, cpu_threads, initialised, train
 from ..lab.processes import agreed, gather_over_processes, join_processes, process_rank, processes
 
 # %% ../../nbs/experiments/05_execution.ipynb #5e033ee9
@@ -117,7 +117,7 @@ def keep_answers(
     "Add the model's log-probabilities on a split to its stored ones if they are missing; images are not augmented."
     file = 'log_probs.safetensors'
     if store.result(run) is None or split in store.tensors(run, file): return
-    with store.lock(run):
+    with store.lock(run), cpu_threads(1):
         kept = store.tensors(run, file)
         if split in kept: return
         found = released(answers_of(run, store, data, device), data, split)
@@ -136,6 +136,9 @@ class TransferSet:
                           f'{data.name} has {tuple(data.image_shape)}.')
         self.data, self.source, self.queries = data, source, queries
         self._labels = torch.zeros(len(queries), dtype=torch.long, device=data.device)
+        asked = {f'transfer set {source.name}: {name}': total for name, total in source.checksum.items()}
+        self.checksum = {**data.checksum, **(asked if source is not data else {})}
+        self.verified = data.verified and source.verified
 
     def __getattr__(self, name): return getattr(self.data, name)
     def size(self, split): return len(self.queries) if split == 'train' else self.data.size(split)
@@ -175,17 +178,32 @@ def query_data(
     return TransferSet(data, source, choose_queries(source.size('train'), budget, run.seed))
 
 # %% ../../nbs/experiments/05_execution.ipynb #2205dbc9
-def _learner(run, data, store):
+def _origin(run, data, device, settings):
+    "What a run is computed with and on."
+    sizes = {split: data.size(split) for split in SPLITS}
+    facts = {'processes': processes(), 'settings': asdict(settings), 'code': code_digest(run)}
+    return {**provenance(device), **facts,
+            'data': {'checksum': data.checksum, 'verified': data.verified, 'images': sizes}}
+
+
+def _check_same_data(run, store, data):
+    "Refuse a teacher that was trained on other files."
+    if run.teacher is None or run.teacher.data != run.data: return
+    there = (store.result(run.teacher).get('data') or {}).get('checksum') or {}
+    for name, total in there.items():
+        if data.checksum.get(name) == total: continue
+        raise Unusable(f'{run.teacher.name} was made from other data: {name} had the sum {total}, and here it has '
+                       f'{data.checksum.get(name)}; use the same copy for both, or another store.')
+
+
+def _learner(run, data, store, origin):
     folder = agreed(lambda: store.start(run))
     method = make_method(run, data)
-    if run.kind != 'release': return Learner(run.name, make_network(run, data), method, run.recipe, folder=folder)
-    return Learner(run.name, method.generator, method.loss, run.recipe, inputs='answers', folder=folder)
-
-
-def _source(data, device, settings):
-    facts = {'processes': processes(), 'settings': asdict(settings)}
-    return {**provenance(device), **facts, 'data': {'checksum': data.checksum, 'verified': data.verified},
-            'finished': time.strftime('%FT%TZ', time.gmtime())}
+    if run.kind == 'release': network, loss, inputs = method.generator, method.loss, 'answers'
+    else: network, loss, inputs = make_network(run, data), method, 'images'
+    learner = Learner(run.name, network, loss, run.recipe, inputs, folder)
+    learner.origin = origin
+    return learner
 
 # %% ../../nbs/experiments/05_execution.ipynb #859cdf89
 def _summary(history):
@@ -204,16 +222,18 @@ def _save_answers(run, store, data, device, splits):
     return kept
 
 # %% ../../nbs/experiments/05_execution.ipynb #23f2c72c
-def _finish(run, learner, store, data, device, splits, settings):
+def _now(): return time.strftime('%FT%TZ', time.gmtime())
+
+
+def _finish(run, learner, store, data, device, splits):
     "Store a trained run: its weights, its answers where tables measure them, and last its result."
-    if learner.diverged:
-        source = _source(data, device, settings)
-        return agreed(lambda: store.give_up(run, learner.diverged, learner.epoch + 1, source))
+    source = {**learner.origin, **({'earlier': learner.earlier} if learner.earlier else {}), 'finished': _now()}
+    if learner.diverged: return agreed(lambda: store.give_up(run, learner.diverged, learner.epoch + 1, source))
     weights = learner.model.state_dict()
     if run.kind == 'release': weights = {f'generator.{name}': value for name, value in weights.items()}
     agreed(lambda: store.save_tensors(run, 'weights.safetensors', weights))
     if run.kind != 'attack': _save_answers(run, store, data, device, splits)
-    found = {**_summary(learner.history), 'seconds': learner.seconds, **_source(data, device, settings)}
+    found = {**_summary(learner.history), 'seconds': learner.seconds, **source}
     agreed(lambda: store.finish(run, found))
 
 
@@ -227,7 +247,7 @@ def _measure(run, store, data, device, splits, settings):
     hits = {split: (kept[split].argmax(1) == data.labels(split).cpu()).double().mean().item() for split in splits}
     found = {'accuracy': hits['test'], 'best_accuracy': hits['test'], 'best_epoch': None,
              'held_out_accuracy': hits.get('held_out'), 'train_accuracy': hits.get('train'),
-             'seconds': time.monotonic() - started, **_source(data, device, settings)}
+             'seconds': time.monotonic() - started, **_origin(run, data, device, settings), 'finished': _now()}
     agreed(lambda: store.finish(run, found))
 
 # %% ../../nbs/experiments/05_execution.ipynb #dccb554b
@@ -251,6 +271,7 @@ def run_cohort(
 ):
     "Train (or release) the runs of one cohort and store their results."
     device, ended = settings.resolve(), []
+    for run in runs: _check_same_data(run, store, data)
     splits = {run.id: _kept_splits(run, data, teachers) for run in runs}
     for run in runs:
         if not run.trains: _measure(run, store, data, device, splits[run.id], settings)
@@ -258,12 +279,12 @@ def run_cohort(
     if not runs: return
     first = runs[0]
     teacher = chain_answers(first, lambda run: answers_of(run, store, data, device)) if first.teacher else None
-    learners = [_learner(run, data, store) for run in runs]
+    learners = [_learner(run, data, store, _origin(run, data, device, settings)) for run in runs]
 
     def finish(learner):
         ended.append(learner)
         run = runs[learners.index(learner)]
-        _finish(run, learner, store, data, device, splits[run.id], settings)
+        _finish(run, learner, store, data, device, splits[run.id])
 
     def after(learner):
         if learner.diverged or learner.epoch == learner.recipe.epochs: finish(learner)
@@ -272,7 +293,8 @@ def run_cohort(
     try: train(learners, data, first.seed, teacher, settings, after)
     except torch.OutOfMemoryError as error:
         raise Unusable(f'{device} has too little memory for a batch of {first.recipe.batch_size} images in {len(runs)} '
-                       f'trainings side by side ({first.name}); set micro_batch, or --limit 1.') from error
+                       f'trainings side by side ({first.name}); train fewer side by side (--limit 1), or take '
+                       'the batch in parts: the override micro_batch=32 makes runs of their own.') from error
     for learner in learners: # those killed between their last checkpoint and their result have no epoch left
         if learner not in ended: finish(learner)
 
@@ -298,6 +320,15 @@ def _claim(store, cohort):
     return 'go', [cohort.index(run) for run, _ in taken], [lock for _, lock in taken]
 
 
+def _check_processes(run):
+    "Refuse a run that another number of processes has to train."
+    wanted, here = run.recipe.processes, processes()
+    if not run.trains or wanted == here: return
+    how = f"the executor 'torchrun:{wanted}'" if wanted > 1 else "the executor '' (not torchrun)"
+    raise Invalid(f'{run.name} is to be trained by {wanted} process{"es" if wanted > 1 else ""} together, and here '
+                  f'{"are" if here > 1 else "is"} {here}; start it with {how}, or change the override processes.')
+
+
 def _blocked(store, run):
     "The teacher in this run's line that has diverged, if any: then the run cannot be made."
     while run := run.teacher:
@@ -318,7 +349,8 @@ def _compute_cohort(cohort, store, settings, facts, teachers, watch):
         if runs := [cohort[i] for i in mine]:
             watch(runs[0].name, count=True)
             data = query_data(runs[0], load_data(runs[0], **facts), **facts)
-            run_cohort(runs, store, data, settings, teachers, lambda one: watch(f'{one.name}, epoch {one.epoch}'))
+            with cpu_threads(settings.threads): run_cohort(
+                runs, store, data, settings, teachers, lambda one: watch(f'{one.name}, epoch {one.epoch}'))
     finally:
         for lock in locks: lock.release()
     return state != 'lost' and not agreed(lambda: all(map(store.finished, cohort)))
@@ -340,6 +372,7 @@ def execute(
              'device': str(settings.resolve())}
     cohorts, open_ = plan.cohorts(limit), set(plan.runs)
     todo = agreed(lambda: [i for i, cohort in enumerate(cohorts) if not all(map(store.finished, cohort))])
+    for i in todo: _check_processes(cohorts[i][0])
 
     def watch(text, count=False):
         if progress is None or process_rank(): return
@@ -440,11 +473,9 @@ def main(arguments=None):
     parser.add_argument('--allow-unverified', action='store_true', help='accept data files whose published checksum '
                                                                         'does not fit')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1 ...')
-    parser.add_argument('--settings', default='', help='how it runs, for example "compile=True, micro_batch=64"')
-    parser.add_argument('--threads', type=int, default=0, help='CPU threads; 0 leaves PyTorch its default')
+    parser.add_argument('--settings', default='', help='how it runs, for example "compile=True, threads=4"')
     parser.add_argument('--limit', type=int, default=64, help='most learners in a cohort')
     args = parser.parse_args(arguments)
-    if args.threads: torch.set_num_threads(args.threads)
     try:
         settings = read_settings(args.device, args.settings)
         plan, store = read_plan(args.plan).check(), Store(args.store)

@@ -61,6 +61,16 @@ def canonical(
     "The one JSON text for `value`."
     return json.dumps(_plain(value), sort_keys=True, separators=(',', ':'), allow_nan=False)
 
+# %% ../../nbs/experiments/01_runs.ipynb #ce639e6e
+_ADDED = ('micro_batch', 'processes') # fields of `Recipe` that came later: runs without them keep their ids
+
+
+def _described(recipe):
+    "The recipe as it counts for an id."
+    default = Recipe()
+    return {name: value for name, value in vars(recipe).items()
+            if name not in _ADDED or value != getattr(default, name)}
+
 # %% ../../nbs/experiments/01_runs.ipynb #7099f7e9
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -89,7 +99,7 @@ class Run:
     def to_dict(self):
         "The description, as it is written to run.json."
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**plain, 'recipe': dict(vars(self.recipe)), 'teacher': self.teacher and self.teacher.to_dict()}
+        return {**plain, 'recipe': _described(self.recipe), 'teacher': self.teacher and self.teacher.to_dict()}
 
     @cached_property
     def trains(self):

@@ -25,7 +25,7 @@ from IPython.display import HTML, Markdown, display
 from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, project_root
 from ..experiments.cost import estimate
 from ..experiments.execution import load_data, log_progress, read_settings
-from ..experiments.workers import compute, process_count
+from ..experiments.workers import compute, process_count, torchrun_count
 from ..experiments.profiles import parse_overrides
 from ..experiments.profiles import profile as find_profile
 from ..experiments.runs import Plan
@@ -40,7 +40,7 @@ from .results import chosen, provenance_note, results_frame
 FOLDERS = ('data_root', 'store', 'figures')
 # Where and how it runs. No result depends on it, so the command that repeats a result leaves it out.
 HOW = ('profile', *FOLDERS, 'allow_unverified', 'executor', 'device', 'workers', 'run_settings', 'throughput',
-       'again', 'plan_only')
+       'again', 'renew', 'plan_only')
 
 
 def notebook_of(
@@ -155,6 +155,8 @@ class Asked:
         self.profile, self.store = find_profile(p['profile']), Store(p['store'] or None)
         self.settings = read_settings(p['device'], p['run_settings'])
         self.folder = Path(p['figures'] or project_root()/'figures'/self.profile.name)
+        if 'executor' in p and (together := torchrun_count(p['executor'], self.settings)) > 1:
+            p['overrides'] = ', '.join(filter(None, [f'processes={together}', p['overrides']]))
         self.command = repeat_command(name, self.profile.name, p, self.defaults)
         self.protocol = check_choice('protocol', p.get('protocol', 'last'), ('last', 'best'))
         self.number = int(found[0]) if (found := re.findall(r'\d+$', name)) else None
@@ -225,7 +227,8 @@ class Planned(Given):
     ):
         "Find out what must be run, and show it."
         self.entries, self._note = self.give(entries), note
-        plan = Plan.of([e.run for e in self.entries]).check()
+        plan = self._plan = Plan.of([e.run for e in self.entries]).check()
+        if self.parameters['renew'] and not self.plan_only: self._renew()
         self.selection = selection_rule(self.parameters.get('selection', 'paper'), self.profile.name, self.entries)
         if describe:
             text = self.give(describe)
@@ -242,10 +245,16 @@ class Planned(Given):
         if self.plan_only: return
         p = self.parameters
         count = process_count(p['workers'], p['executor'], self.profile)
-        complaints = compute(Plan.of([e.run for e in self.entries]), self.store, p['executor'], count, self.settings,
-                             root=p['data_root'] or None, allow_unverified=p['allow_unverified'],
-                             progress=log_progress())
+        complaints = compute(self._plan, self.store, p['executor'], count, self.settings, root=p['data_root'] or None,
+                             allow_unverified=p['allow_unverified'], progress=log_progress())
         for sentence in complaints: tell(sentence, f'<p>{sentence}</p>')
+
+    def _renew(self):
+        "Set aside what other code has made, so that it is computed again."
+        outdated = [run for run in self._plan.runs if self.store.outdated(run)]
+        for run in outdated: self.store.set_aside(run)
+        text = f"{len(outdated)} runs of the store were made by other code than today's and are made again."
+        if outdated: tell(text, f'<p>{text}</p>')
 
     def do(self,
         function, # What else has to be done before the result can be shown

@@ -6,6 +6,8 @@
 __all__ = ['student_entries', 'results_frame', 'chosen', 'by_seed', 'student_rows', 'runs_of', 'verdicts', 'provenance_note']
 
 # %% ../../nbs/report/06_results.ipynb #8a748321
+from collections import Counter
+
 import numpy as np
 import pandas as pd
 
@@ -145,6 +147,16 @@ def _seeds_text(judgement, margin, limit=10_000):
     seeds = seeds_to_decide(judgement.table, margin=margin, limit=limit)
     return '' if np.isnan(seeds) else f'{seeds:.0f}' if np.isfinite(seeds) else f'over {limit}'
 
+# %% ../../nbs/report/06_results.ipynb #26d3867c
+def _data_note(results):
+    "Are the data verified, and are they the same for all?"
+    note = 'verified against the published checksums'
+    if not all(r['data']['verified'] for r in results): note = 'an unverified copy (sha256 in every result.json)'
+    sums = {item for r in results for item in (r['data'].get('checksum') or {}).items()}
+    times = Counter(name for name, _ in sums)
+    mixed = [f'{name} in {count} different versions' for name, count in sorted(times.items()) if count > 1]
+    return ', '.join([note, *mixed])
+
 # %% ../../nbs/report/06_results.ipynb #74a677d3
 def provenance_note(
     entries, # `Entry`s of the table
@@ -156,8 +168,10 @@ def provenance_note(
     results = list(filter(None, map(store.result, runs.values())))
     if not results: return f'{command}: no finished run yet.'
     def each(key): return ', '.join(sorted({str(r.get(key, '?')) for r in results}))
-    data = 'verified against the published checksums'
-    if not all(r['data']['verified'] for r in results): data = 'an unverified copy (sha256 in every result.json)'
     seeds, hours = len({e.seed for e in entries}), sum(r['seconds'] for r in results)/3600
-    return (f"Made by `{command}` from {len(results)} finished runs, {seeds} seeds, on {each('device_name')}; "
-            f"torch {each('torch')}; revision {each('revision')}; data: {data}; {hours:.1f} hours of computing in all.")
+    note = (f"Made by `{command}` from {len(results)} finished runs, {seeds} seeds, on {each('device_name')}, threads: "
+            f"{each('threads')}; torch {each('torch')}; revision {each('revision')}; data: {_data_note(results)}; "
+            f"{hours:.1f} hours of computing in all.")
+    outdated = sum(map(store.outdated, runs.values()))
+    if outdated: note += f" Made by other code than today's: {outdated} of these runs; `-p renew True` repeats them."
+    return note
