@@ -167,7 +167,7 @@ def _defaults(make):
 class _Entry:
     "What a registry knows under one name."
     make: object # Class or function
-    variants: dict # Name to options; `published` first
+    variants: dict # Name to options; `recommended` first
     context: tuple # Arguments supplied by the task
     notes: dict # Facts that go with the entry
 
@@ -195,13 +195,13 @@ class _Filed:
     ): self.what, self.package, self._entries, self._loaded = what, package, {}, False
 
     def register(self, name, # Public name of the entry
-                 variants=None, # Name to options, for versions beside `published`
+                 variants=None, # Name to options, for versions beside `recommended`
                  context=(), # Arguments supplied by the task, not by the user
                  **notes, # Facts that go with the entry, read back by `note`
                 ):
         "A decorator that files a class or function under `name`."
         def add(make):
-            self._entries[name] = _Entry(make, {'published': {}, **(variants or {})}, tuple(context), notes)
+            self._entries[name] = _Entry(make, {'recommended': {}, **(variants or {})}, tuple(context), notes)
             return make
         return add
 
@@ -223,8 +223,8 @@ class Registry(_Filed):
         return self._entry(name).make
 
     def variants(self, name):
-        "Names of the variants of `name`, the default first."
-        return list(self._entry(name).variants)
+        "Name of each variant of `name` to the options that it sets, the default first."
+        return dict(self._entry(name).variants)
 
     def context(self, name):
         "Arguments of `name` that the task supplies."
@@ -234,11 +234,11 @@ class Registry(_Filed):
         "A fact registered with `name`, or `default`."
         return self._entry(name).notes.get(key, default)
 
-    def options(self, name, variant='published', **options):
+    def options(self, name, variant='recommended', **options):
         "All options of `name` with their values: defaults, then the variant's, then those given."
         return self._entry(name).options(f'{self.what} {name!r}', variant, options)
 
-    def __call__(self, name, variant='published', **options):
+    def __call__(self, name, variant='recommended', **options):
         "The entry called `name`, made with its options; context arguments may be given too."
         context = {k: options.pop(k) for k in self.context(name) if k in options}
         return self.entry(name)(**self.options(name, variant, **options), **context)

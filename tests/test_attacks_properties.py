@@ -41,7 +41,7 @@ def batches(draw, kinds=tuple(ZEROS), dtypes=(torch.float32, torch.float64)):
 
 
 @METHODS
-@given(batch=batches(), epoch=st.sampled_from([None, 0, 19, 300]))
+@given(batch=batches(), epoch=st.sampled_from([0, 19, 300]))
 @settings(max_examples=40, deadline=None)
 def test_finite_and_not_negative(name, variant, batch, epoch):
     student, teacher, labels = batch
@@ -98,7 +98,7 @@ def test_order_of_the_samples_does_not_matter(name, variant, batch, key):
     student, teacher, labels = batch
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(key))
     module = make(name, variant, student.shape[1])
-    torch.testing.assert_close(module(student[order], teacher[order], labels[order]), module(student, teacher, labels), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(module(student[order], teacher[order], labels[order], 3), module(student, teacher, labels, 3), rtol=1e-9, atol=1e-9)
 
 
 @METHODS
@@ -107,7 +107,7 @@ def test_order_of_the_samples_does_not_matter(name, variant, batch, key):
 def test_a_constant_added_to_logits_is_not_seen(name, variant, batch, shift):
     student, teacher, labels = batch
     module = make(name, variant, student.shape[1])
-    torch.testing.assert_close(module(student + shift, teacher, labels), module(student, teacher, labels), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(module(student + shift, teacher, labels, 3), module(student, teacher, labels, 3), rtol=1e-8, atol=1e-8)
 
 
 SOFT_ONLY = [('kd', {'weight': 1.}), ('scm', {'weight': 1.}), ('htc', {'ce_weight': 0.}), ('dkd', {'ce_weight': 0.}),
@@ -120,7 +120,7 @@ SOFT_ONLY = [('kd', {'weight': 1.}), ('scm', {'weight': 1.}), ('htc', {'ce_weigh
 def test_a_student_that_is_the_teacher_feels_nothing(name, options, batch):
     _, teacher, labels = batch
     student = teacher.clone().requires_grad_()
-    attack(name, **options)(student, teacher, labels).backward()
+    attack(name, **options)(student, teacher, labels, 3).backward()
     assert student.grad.abs().max() < 1e-10
 
 
@@ -162,31 +162,31 @@ def test_only_a_student_that_agrees_has_no_soft_loss(batch, T):
 def test_half_precision_is_computed_in_float32(name, variant, half):
     student, teacher, labels = torch.randn(4, 6).to(half), torch.randn(4, 6).log_softmax(1), torch.tensor([0, 1, 1, 5])
     module = make(name, variant, 6, torch.float32)
-    with torch.autocast('cpu', torch.bfloat16): value = module(student, teacher, labels)
+    with torch.autocast('cpu', torch.bfloat16): value = module(student, teacher, labels, 3)
     assert value.dtype == torch.float32
-    assert torch.equal(value, module(student.float(), teacher, labels))
+    assert torch.equal(value, module(student.float(), teacher, labels, 3))
 
 
 @METHODS
 def test_the_teacher_gets_no_gradient(name, variant):
     teacher = torch.randn(4, 6).log_softmax(1).requires_grad_()
     student = torch.randn(4, 6, requires_grad=True)
-    make(name, variant, 6, torch.float32)(student, teacher, torch.tensor([0, 1, 1, 5])).backward()
+    make(name, variant, 6, torch.float32)(student, teacher, torch.tensor([0, 1, 1, 5]), 3).backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
 
 
 @METHODS
 def test_shapes_are_checked(name, variant):
     module, z, labels = make(name, variant, 6), torch.zeros(4, 6), torch.tensor([0, 1, 1, 5])
-    with pytest.raises(Invalid, match='no teacher_log_probs'): module(z, None, labels)
-    with pytest.raises(Invalid, match=r'teacher_log_probs have shape \(4, 5\)'): module(z, z[:, :5], labels)
+    with pytest.raises(Invalid, match='no teacher_log_probs'): module(z, None, labels, 3)
+    with pytest.raises(Invalid, match=r'teacher_log_probs have shape \(4, 5\)'): module(z, z[:, :5], labels, 3)
     with pytest.raises(Invalid, match=r'labels have shape \(3,\)'): module(z, z, labels[:3])
-    with pytest.raises(Invalid, match=r'logits have shape \(6,\)'): module(z[0], z[0], labels)
+    with pytest.raises(Invalid, match=r'logits have shape \(6,\)'): module(z[0], z[0], labels, 3)
 
 
 def test_all_attacks_of_table_1_and_their_variants():
     assert attack.names() == NAMES
-    for name in set(NAMES) - {'scm'}: assert {'published', 'authors', 'paper'} <= set(attack.variants(name))
+    for name in set(NAMES) - {'scm'}: assert {'recommended', 'authors', 'paper'} <= set(attack.variants(name))
 
 
 def test_the_memory_of_mkd_is_bounded_by_pieces():
@@ -206,6 +206,6 @@ def test_the_same_on_a_gpu(name, variant):
     if not torch.cuda.is_available(): pytest.skip('no CUDA device')
     student, teacher, labels = torch.randn(8, 10, dtype=torch.float64), torch.randn(8, 10, dtype=torch.float64).log_softmax(1), torch.arange(8)
     module = make(name, variant, 10)
-    here = module(student, teacher, labels)
+    here = module(student, teacher, labels, 3)
     there = module.cuda()(student.cuda(), teacher.cuda(), labels.cuda())
     torch.testing.assert_close(there.cpu(), here, rtol=1e-10, atol=1e-12)

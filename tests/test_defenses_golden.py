@@ -78,7 +78,7 @@ def test_nasty_teacher_authors():
         compare(module, a, a[m[0]], a[f'{m[0]}_grad']), compare_single(module, case, a, a[m[0]], a[f'{m[0]}_grad'])
 
 
-@pytest.mark.parametrize('variant', ['published', 'authors'])
+@pytest.mark.parametrize('variant', ['recommended', 'authors'])
 def test_generator_loss(variant):
     for case, a, m in matching('apgp', r'loss_lambda([\dp]+)'):
         module, gradient = objective('apgp', variant, weight=number(m[1])), a[f'{m[0]}_grad_perturbed_logits']
@@ -92,7 +92,7 @@ def test_cross_entropy():
         if not case.endswith('ext'): agree(objective('ce')(logits.float(), None, a['labels']), a['ce'], 1e-4, 1e-6)
 
 
-def sparse(a, ratio, variant='published', dtype=torch.float64): return release('st', variant, ratio=ratio)(a['teacher_logits'].to(dtype).log_softmax(-1))
+def sparse(a, ratio, variant='recommended', dtype=torch.float64): return release('st', variant, ratio=ratio)(a['teacher_logits'].to(dtype).log_softmax(-1))
 
 
 def test_stingy_probabilities():

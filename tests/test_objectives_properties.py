@@ -14,7 +14,7 @@ METHODS = [(name, variant) for name in ('ce', 'ls', 'nt', 'snt', 'apgp', 'cmim')
 CLIPPED = [('nt', {'clip': 5.}), ('apgp', {'clip': 5.})]
 
 
-def make(name, variant='published', C=2, groups=None, labels=None, **options):
+def make(name, variant='recommended', C=2, groups=None, labels=None, **options):
     if name == 'snt': options |= {'num_classes': C, 'superclasses': groups}
     if name == 'cmim': options |= {'num_classes': C, 'train_labels': labels, 'centroids': 'batch', 'count': 5}
     return objective(name, variant, **options)

@@ -25,7 +25,7 @@ def every(registry):
     return [pytest.param(name, variant, id=f'{name}-{variant}') for name in registry.names() for variant in registry.variants(name)]
 
 
-def made(registry, name, variant='published'):
+def made(registry, name, variant='recommended'):
     given = {key: FACTS[key] for key in registry.context(name) if key in FACTS}
     return registry(name, variant, **given)
 

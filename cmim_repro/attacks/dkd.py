@@ -55,13 +55,14 @@ class DKD(Loss):
         check_soft(temperature, target_weight=target_weight, nontarget_weight=nontarget_weight, ce_weight=ce_weight)
         self.target_weight, self.nontarget_weight, self.ce_weight = target_weight, nontarget_weight, ce_weight
         self.warmup_epochs = check_number('warmup_epochs', warmup_epochs, 0, integer=True)
+        self.needs_epoch = self.warmup_epochs > 0
         self.temperature = float(temperature)
 
     def warmup(self,
-        epoch: int|None, # From 0; None: the warm-up is over
+        epoch: int|None, # From 0; not used without a warm-up
     )->float:
         "Factor of the soft part in an epoch, up to 1."
-        return 1. if epoch is None or not self.warmup_epochs else min((epoch + 1) / self.warmup_epochs, 1.)
+        return min((epoch + 1) / self.warmup_epochs, 1.) if self.warmup_epochs else 1.
 
     def loss(self, logits, teacher_log_probs, labels, epoch):
         T = self.temperature

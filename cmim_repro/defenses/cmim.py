@@ -9,7 +9,7 @@ __all__ = ['VARIANTS', 'PAPER', 'CMIM']
 import torch
 import torch.nn.functional as F
 
-from ..core import check_number
+from ..core import Invalid, check_number
 from .centroids import centroid_bank
 from .core import objective
 from ..lab.losses import Loss
@@ -47,6 +47,8 @@ class CMIM(Loss):
         self.weight = check_number('lambda (weight)', weight, 0)
         self.omega, self.naive_exp = check_number('omega', omega, 0, open_low=True), naive_exp
         self.beta, self.count, self.kind, self.seed = beta, count, powers, seed
+        if num_classes is None:
+            raise Invalid('num_classes is None; cmim keeps a centroid for each class and needs the number of classes.')
         self.bank = centroid_bank(centroids, num_classes, count, train_labels, per_class, every, seed)
         self.start_epoch(0)
 

@@ -87,7 +87,7 @@ def defense_names()->list:
 
 def defense(
     name: str, # One of `defense_names()`
-    variant='published', # Whose version: published, and authors or paper where they differ
+    variant='recommended', # Whose version: recommended, and authors or paper where they differ
     **options, # Options of the method
 )->Defense:
     "The defence called `name`; release methods are cross-entropy training plus that release."

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'Profile', 'profile', 'names', 'parse_overrides', 'narrowed', 'Entry', 'protected', 'attacked', 'smoothed',
-           'choice_label', 'candidates']
+           'choice_label', 'candidates', 'readings']
 
 # %% ../../nbs/experiments/03_profiles.ipynb #482f3cbe
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
+import pandas as pd
+
 from ..attacks.core import attack
 from ..core import Invalid, check_choice, check_number
 from ..defenses.core import objective, release
 from .runs import Run, kind_of, make_run, registry_of
-from .tasks import Task, data_sets as known_data_sets, task_for
+from .tasks import CHOICES, Task, data_sets as known_data_sets, task_for
 from ..lab.data.core import dataset
 from ..lab.models.core import model
 from ..lab.training import Recipe, override
@@ -165,6 +167,24 @@ def _check_taken(tasks, overrides):
         raise Invalid(f'image_size is {overrides["image_size"]}; the images of {here} have a fixed size, '
                       'only those of imagenet can be cut to another.')
 
+# %% ../../nbs/experiments/03_profiles.ipynb #1d10359a
+_READINGS = {'paper': ('paper',), 'authors': ('authors', 'paper')} # where a method has no such variant, the next one
+
+
+def _with_reading(task, reading):
+    "The task with one reading of every method, and of the recipe where there is a choice."
+    variants = _READINGS[check_choice('variant', reading, _READINGS)]
+    if task.choices: task = _with_recipe(task, reading)
+    options = {}
+    for method in sorted({*attack.names(), *objective.names(), *release.names()}):
+        known = registry_of(method).variants(method)
+        variant = next((name for name in variants if name in known), 'recommended')
+        settings = {'*': {}, **task.options.get(method, {})}
+        for network, given in settings.items(): # what the variant itself sets, the task does not
+            settings[network] = {k: v for k, v in given.items() if k not in ('variant', *known[variant])}
+        options[method] = {**settings, '*': {**settings['*'], 'variant': variant}}
+    return replace(task, options=options)
+
 # %% ../../nbs/experiments/03_profiles.ipynb #0b275556
 def _pair(text):
     parts = text.split(':')
@@ -188,6 +208,7 @@ def narrowed(
     defenses='', # Names; empty means the profile's
     attacks='', # Names; empty means the profile's
     networks='', # Pairs teacher:student; empty means the tasks'
+    variant='', # One reading of all methods and of the recipe: paper or authors; empty means what is recommended
     overrides='', # Changes of recipes and options
 )->Profile:
     "A profile narrowed down and changed; anything unknown is `Invalid`."
@@ -199,6 +220,7 @@ def narrowed(
     _check_taken(tasks, overrides)
     changed = []
     for task in tasks:
+        if variant: task = _with_reading(task, variant)
         task = replace(task, defenses=rows or task.defenses, attacks=columns or task.attacks)
         changed.append(_with_weights(_changed(task, overrides), overrides.get('pretrained', task.pretrained)))
     if seeds is not None: check_number('seeds', seeds, 1, integer=True)
@@ -220,7 +242,7 @@ class Entry:
 # %% ../../nbs/experiments/03_profiles.ipynb #8127d4d3
 def _split_variant(options):
     options = dict(options)
-    return options.pop('variant', 'published'), options
+    return options.pop('variant', 'recommended'), options
 
 
 def _teacher_recipe(task, network, method):
@@ -294,3 +316,26 @@ def candidates(
         open_ = {option: value for option, value in choice.items() if option not in fixed}
         found[choice_label(open_)] = open_
     return list(found.values())
+
+# %% ../../nbs/experiments/03_profiles.ipynb #208ef51d
+def _options_as(reading, method):
+    "All options of a method in a reading."
+    registry = registry_of(method)
+    known = registry.variants(method)
+    return registry.options(method, next((v for v in _READINGS.get(reading, ()) if v in known), 'recommended'))
+
+
+def readings()->pd.DataFrame:
+    "One line for each option and number of the recipe that the readings set differently: recommended, paper, authors."
+    columns, rows = ('recommended', *_READINGS), {}
+    for method in sorted({*attack.names(), *objective.names(), *release.names()}):
+        chosen = {reading: _options_as(reading, method) for reading in columns}
+        for option in chosen['recommended']: rows[method, option] = [chosen[reading][option] for reading in columns]
+    recipes = {name: {**vars(recipe), **{f'lr of {network}': change['lr'] for network, change in slow.items()}}
+               for name, (recipe, slow) in CHOICES.items()}
+    for name, value in recipes['authors'].items():
+        literal = recipes['paper'].get(name, recipes['paper']['lr'])
+        rows['recipe', name] = [value, literal, value]
+    table = pd.DataFrame.from_dict(rows, orient='index', columns=columns)
+    table.index = pd.MultiIndex.from_tuples(table.index, names=('method', 'option'))
+    return table[table.nunique(axis=1, dropna=False) > 1]

@@ -121,7 +121,7 @@ def make_run(
     recipe: Recipe|None=None, # None: the default recipe
     data_options: Mapping|None=None, # Options of the data set
     model_options: Mapping|None=None, # Options of the network
-    variant: str='published', # Whose version of the method
+    variant: str='recommended', # Whose version of the method
     teacher: Run|None=None, # Run whose answers are used
     **options, # Options of the method
 )->Run:

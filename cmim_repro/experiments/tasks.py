@@ -121,7 +121,7 @@ MINI_RECIPE = Recipe(epochs=10, batch_size=128, lr=.1, schedule='cosine', nester
 QUICK_RECIPE = Recipe(epochs=30, batch_size=64, lr=.1, schedule='cosine', nesterov=True, warmup_epochs=1)
 SMOKE_RECIPE = replace(QUICK_RECIPE, epochs=1, warmup_epochs=0)
 SMALL_OPTIONS = {'cmim': {'*': {'weight': 2.}}, 'mad': {'*': {'surrogate': 'cnn_small'}},
-                 'mkd': {'*': {'initial_scale': 6.}}, 'dist': {'*': {'variant': 'paper'}},
+                 'dist': {'*': {'variant': 'paper'}},
                  'dkd': {'*': {'warmup_epochs': 1}}}
 SMALL_RECIPES = {'knockoff': {'momentum': .5, 'weight_decay': 0., 'augment': 'none'}}
 

@@ -9,14 +9,16 @@ __all__ = ['REDUCTIONS', 'Loss', 'mean_of_rows']
 import torch
 from torch import Tensor, nn
 
-from ..core import Invalid, check_batch, full_precision
+from ..core import Invalid, check_batch, check_labels, check_log_probs, full_precision
 
 # %% ../../nbs/lab/02_losses.ipynb #28f96b54
 class Loss(nn.Module):
     "What training minimises; a method writes `loss`, and those hooks that it needs."
     needs_teacher = False # Does it want the log-probabilities of another network?
     needs_labels = True # Must the labels be there?
+    needs_epoch = False # Must the epoch be there, because the loss changes with it?
     sums_over_processes = False # Does it want this process's rows alone, because it adds up sums itself?
+    values_checked = False # Set by the training loop after its first batch: from then on only shapes are checked
 
     def loss(self, logits, teacher_log_probs, labels, epoch):
         "A scalar in nats, from checked arguments in full precision."
@@ -31,16 +33,24 @@ class Loss(nn.Module):
         logits: Tensor, # Of the network in training, (B, C)
         teacher_log_probs: Tensor|None, # Of the network it is compared with, (B, C); None if there is none
         labels: Tensor|None, # Class indices, (B,)
-        epoch: int|None=None, # From 0; None: training is over
+        epoch: int|None=None, # From 0; for those losses that change with it
     )->Tensor:
         "The loss, a scalar in nats."
         check_batch(logits, labels)
+        name = type(self).__name__
         if self.needs_labels and labels is None:
-            raise Invalid(f'{type(self).__name__} has no labels; '
-                          f'it must be given whole numbers of shape ({len(logits)},).')
+            raise Invalid(f'{name} has no labels; it must be given whole numbers of shape ({len(logits)},).')
+        if self.needs_epoch and epoch is None:
+            raise Invalid(f'{name} has no epoch; its weight grows with the epochs, so give its number, from 0.')
         logits = full_precision(logits)
         answers = self._answers(logits, teacher_log_probs) if self.needs_teacher else None
+        if not self.values_checked: self.check_values(logits, answers, labels)
         with torch.autocast(logits.device.type, enabled=False): return self.loss(logits, answers, labels, epoch)
+
+    def check_values(self, logits, teacher_log_probs, labels):
+        "Refuse answers that are no log-distributions and labels that are no classes; waits for the device."
+        if self.needs_teacher: check_log_probs(teacher_log_probs, 'teacher_log_probs')
+        if self.needs_labels: check_labels(labels, logits.shape[1])
 
     def _answers(self, logits, teacher_log_probs):
         name, expected = type(self).__name__, tuple(logits.shape)

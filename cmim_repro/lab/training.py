@@ -154,6 +154,9 @@ def batch_loss(
     sizes, answers = batch.shares, batch.answers
     whole = whole_batch(logits, sizes)
     labels, indices = gather_over_processes(batch.labels, batch.indices, sizes=sizes)
+    if not objective.values_checked:
+        objective.check_values(logits, answers, batch.labels)
+        objective.values_checked = True
     objective.observe(F.log_softmax(whole.detach(), -1), labels, indices)
     if objective.sums_over_processes: return objective(logits, answers, batch.labels, epoch=batch.epoch)
     if answers is not None: [answers] = gather_over_processes(answers, sizes=sizes)

@@ -179,7 +179,7 @@ class Asked:
     def note(self): return self.give(self._note)
 
 # %% ../../nbs/report/09_exhibit.ipynb #3d9b36ec
-NARROWING = ('seeds', 'data_sets', 'defenses', 'attacks', 'networks', 'overrides')
+NARROWING = ('seeds', 'data_sets', 'defenses', 'attacks', 'networks', 'variant', 'overrides')
 
 
 class Given(Asked):
