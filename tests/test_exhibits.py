@@ -80,7 +80,7 @@ def test_a_function_asks_only_for_what_there_is(path):
             assert name in exhibit or name in declared(path) or p.default is not p.empty, (function, name)
 
 
-OTHER = {bool: True, int: 7, str: 'other'}
+OTHER = {bool: True, int: 7, str: 'other', float: .5}
 
 
 @every_run
@@ -164,10 +164,12 @@ def test_table_1_marks_what_is_better_and_judges_each_row(store):
     entries = student_entries(narrowed(SMOKE, defenses='cmim', attacks='kd'), reference=False)
     level = {'model': .9, 'kd': .70, 'epsilon=0.1': .71, 'epsilon=0.5': .75}
     for e in entries: finish(store, e.run, level[e.choice or e.column] + .01*e.seed)
-    frame = results_frame(entries, store)
-    def kd(): return table1.draw(chosen(results_frame(entries, store))).rows[1][1][1]
+    def drawn():
+        found = results_frame(entries, store)
+        return table1.draw(found, chosen(found))
+    def kd(): return drawn().rows[1][1][1]
     assert (round(kd().mean, 6), kd().n, kd().arrow) == (71, 3, 'down')
-    text = to_text(table1.draw(chosen(frame)))
+    text = to_text(drawn())
     assert '72.00 ± 1.00 (3)' in text and provenance_note(entries, store,
                                                           'an example').startswith('Made by `an example` from ')
     for e in entries:
@@ -184,7 +186,7 @@ def test_the_answer_of_table_1(store, cmim, others, verdict):
     for e in entries:
         gains = {'cmim': cmim, 'st': others, 'ce': (0., 0., 0.)}[e.defense]
         finish(store, e.run, .7 + .01*e.seed + (gains[e.seed]/100 if e.column == 'kd' else 0))
-    assert table1.answer(picked(entries, store)).verdict == verdict
+    assert table1.answer(results_frame(entries, store)).verdict == verdict
 
 
 def test_table_4_knows_the_entropy_of_invented_outputs(store):
@@ -239,8 +241,8 @@ def test_the_answer_of_table_7_where_the_paper_prints_the_cells(scale, verdict):
 def test_table_8_pairs_seeds_and_tests_the_papers_own(store):
     entries = table8.entries(SMOKE, seeds=3)
     for e in entries: finish(store, e.run, .7 + .02*e.seed - (.01 + .001*e.seed)*(e.column == 'dist'))
-    lines = picked(entries, store)
-    ls, dist, difference = (cells for _, cells in table8.draw(lines).rows)
+    lines = results_frame(entries, store)
+    ls, dist, difference = (cells for _, cells in table8.draw(chosen(lines, 'paper')).rows)
     assert [c.mean for c in difference] == pytest.approx([-1, -1.1, -1.2, -1.1])
     assert (ls[-1].n, dist[-1].n, difference[-1].n) == (3, 3, 3)
     assert table8._printed_runs(('cifar100', 'cmim', 'resnet50', 'vgg11'), 'dist')[0] == 72.01
@@ -249,7 +251,7 @@ def test_table_8_pairs_seeds_and_tests_the_papers_own(store):
     printed = tests.loc['printed']
     assert (round(printed['mean'], 3), round(printed['t'], 1), printed['n'], printed['verdict']) == (-.176, -4.7, 5,
                                                                                                      'undistillable')
-    said = table8.answer(lines)
+    said = table8.answer(lines, chosen(lines, 'paper'))
     assert said.verdict == 'agrees' and 'below zero for 3 of 3 seeds, mean -1.10 points' in said.because
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from cmim_repro.report.results import verdicts
 from cmim_repro.report.statistics import t_interval
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,12 @@ def test_numbers_of_the_prose_are_those_of_the_files():
     for defense in ('cmim', 'ce'): assert ' / '.join(f'{cmi[defense, alpha]:.3f}' for alpha in (.25, .5, 1.)) in README
     seeds = pd.read_csv(ROOT/'data'/'results'/'mini'/'verdicts.csv').set_index('defense')['seeds to decide']
     assert f"from {seeds['ls']} (LS) and {seeds['ce']} (CE) to {seeds['cmim']} (CMIM) and thousands" in README and seeds.min() == seeds['ls'] and seeds.max() > 1000
+
+
+def test_the_committed_verdicts_follow_from_the_committed_runs():
+    folder = ROOT/'data'/'results'/'mini'
+    runs = pd.read_csv(folder/'table1_runs.csv').fillna({'choice': '', 'student': ''})
+    pd.testing.assert_frame_equal(pd.read_csv(folder/'verdicts.csv', dtype=str), verdicts(runs).astype(str))
 
 
 def test_there_is_a_table(): assert len(SHOWN) >= 3

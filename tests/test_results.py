@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from cmim_repro.defenses.centroids import ResampleBank
-from cmim_repro.lab.training import Batch
-from cmim_repro.report.results import chosen, verdicts
+from cmim_repro.experiments.execution import execute
+from cmim_repro.experiments.profiles import Entry
+from cmim_repro.experiments.runs import Plan, make_run
+from cmim_repro.experiments.store import Store
+from cmim_repro.lab.training import Batch, Recipe, Settings
+from cmim_repro.report.results import chosen, results_frame, rule_note, verdicts
 from cmim_repro.report.statistics import welch
 
 
@@ -29,15 +33,41 @@ def test_a_candidate_that_diverged_with_some_seed_does_not_win(selection):
 
 def test_n_counts_pairs():
     rows = [line('ls', seed, 70. + seed) for seed in (0, 1, 2)] + [line('kd', seed, 72.) for seed in (2, 3, 4)]
-    assert verdicts(chosen(pd.DataFrame(rows)))['n'].tolist() == [1]
+    assert verdicts(pd.DataFrame(rows))['n'].tolist() == [1]
 
 
 def test_a_diverged_run_is_named_beside_the_verdict():
     rows = [line('ls', seed, 70. + .1*seed) for seed in range(4)] + [line('kd', seed, 80. + .2*seed) for seed in range(3)]
-    [told] = verdicts(chosen(pd.DataFrame([*rows, line('kd', 3, 0., diverged=True)])))['why']
+    [told] = verdicts(pd.DataFrame([*rows, line('kd', 3, 0., diverged=True)]))['why']
     assert told.endswith('Left out, because they diverged: 1 of KD.')
-    [told] = verdicts(chosen(pd.DataFrame(rows)))['why']
+    [told] = verdicts(pd.DataFrame(rows))['why']
     assert 'diverged' not in told
+
+
+def test_a_verdict_rests_on_held_out_choices_and_the_papers_rule_on_its_own():
+    "The test images prefer the candidate that the held-out images refuse; each rule has its own LS student."
+    rows = [line('kd', seed, 71. + .1*seed) for seed in range(5)]
+    rows += [line('ls', seed, 70. + .12*seed, 'epsilon=0.1', held_out=80.) for seed in range(5)]
+    rows += [line('ls', seed, 73. + .1*seed, 'epsilon=0.5', held_out=60.) for seed in range(5)]
+    [found] = verdicts(pd.DataFrame(rows)).to_dict('records')
+    assert (found['verdict'], found['paper rule'], found['n']) == ('distillable', 'undistillable', 5)
+    [wide] = verdicts(pd.DataFrame(rows), margin=2.).to_dict('records')
+    assert wide['verdict'] == 'undistillable' # within two points
+
+
+def test_where_nothing_is_held_out_half_of_the_test_images_choose_and_the_others_judge(tmp_path):
+    plan = {'recipe': Recipe(epochs=1, batch_size=32), 'data_options': {'per_class': 10, 'test_per_class': 9}}
+    run = make_run('digits', 'cnn_tiny', 'ls', **plan)
+    store = Store(tmp_path)
+    execute(Plan.of([run]), store, Settings(device='cpu'))
+    answers, labels = store.log_probs(run)
+    right = (answers.argmax(1) == labels).double()
+    found = store.result(run)
+    assert (found['choosing_accuracy'], found['judging_accuracy']) == (right[::2].mean(), right[1::2].mean())
+    [row] = results_frame([Entry('digits', 'ce', 'a', 'b', 'ls', '', 0, run)], store).to_dict('records')
+    assert (row['held_out'], row['judged'], row['last']) == tuple(100*found[f'{name}accuracy'] for name in ('choosing_', 'judging_', ''))
+    note = rule_note([Entry('digits', 'ce', 'a', 'b', 'ls', '', 0, run)], 'clean', 'last', .5)
+    assert 'chosen on every other test image' in note and 'a gain above 0.5 points' in note and 'on one fixed test set' in note
 
 
 def test_welch_without_spread_has_no_interval():

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from inspect import signature
 
 import pytest
 import torch
@@ -28,7 +29,10 @@ class Kind:
     places: object # entry -> [(labels, column)]
 
 
-def picked(make, entries, store): return make(chosen(results_frame(entries, store), 'paper'))
+def picked(make, entries, store):
+    frame = results_frame(entries, store)
+    offered = {'frame': frame, 'picked': chosen(frame, 'paper')}
+    return make(**{name: value for name, value in offered.items() if name in signature(make).parameters})
 
 
 def kind(number, place, store=False, **asked):

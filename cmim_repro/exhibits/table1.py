@@ -35,10 +35,10 @@ def _line(key, runs, columns, verdict):
     return (*cells, runs_cell(best, printed(1, **where, attack='best'), ls, verdict))
 
 
-def draw(picked)->Table:
+def draw(frame, picked, margin=0., protocol='last')->Table:
     "Table 1 for what exists so far: printed value | mean ± sd (n) | arrow, and the verdict of each row."
     columns = ['ls', *(c for c in picked['column'].unique() if c not in ('ls', 'model'))]
-    judged, rows, section = verdicts(picked)['verdict'], [], None
+    judged, rows, section = verdicts(frame, margin, protocol)['verdict'], [], None
     for (key, row), verdict in zip(student_rows(picked), judged, strict=True):
         if key[0] != section: rows.append(section := key[0])
         rows.append((key[1:], _line(key, runs_of(row), columns, verdict)))
@@ -60,9 +60,9 @@ def _tally(rows, who):
     return f"{who}: of {len(rows)} rows {named}; by the paper's rule {rule} distillable."
 
 
-def answer(picked)->Answer:
+def answer(frame, margin=0., protocol='last')->Answer:
     "Are all rows of CMIM undistillable, and all rows of the other defences distillable?"
-    judged = verdicts(picked)
+    judged = verdicts(frame, margin, protocol)
     cmim, others = judged[judged['defense'] == 'cmim'], judged[~judged['defense'].isin(['cmim', 'ce'])]
     parts = [agreement(rows['verdict'], *wanted) for rows, *wanted in (
         (cmim, 'undistillable', 'distillable'), (others, 'distillable', 'undistillable')) if len(rows)]

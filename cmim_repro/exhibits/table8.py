@@ -16,7 +16,7 @@ from ..experiments.profiles import narrowed
 from ..report.formats import Cell, Table, runs_cell
 from ..report.models import about
 from ..report.paper import label, paper_table
-from ..report.results import runs_of, student_entries, student_rows
+from ..report.results import chosen, runs_of, student_entries, student_rows
 from ..report.statistics import Answer, agreement, judge
 
 PAIR = ('resnet50', 'vgg11')
@@ -25,11 +25,12 @@ PAIR = ('resnet50', 'vgg11')
 def entries(profile, **asked)->list:
     "`Entry`s of Table 8."
     asked = {'seeds': 5, 'defenses': 'cmim', 'attacks': 'dist', **asked}
-    chosen = about(narrowed(profile, **asked), 'Table 8', 'cifar100')
+    asked_for = about(narrowed(profile, **asked), 'Table 8', 'cifar100')
     if not asked.get('networks'):
-        pairs = (PAIR,) if chosen.name == 'paper' else None
-        chosen = replace(chosen, tasks=tuple(replace(t, pairs=pairs or t.pairs[:1]) for t in chosen.tasks))
-    return [e for e in student_entries(chosen, reference=False) if e.column != 'model']
+        pairs = (PAIR,) if asked_for.name == 'paper' else None
+        tasks = tuple(replace(t, pairs=pairs or t.pairs[:1]) for t in asked_for.tasks)
+        asked_for = replace(asked_for, tasks=tasks)
+    return [e for e in student_entries(asked_for, reference=False) if e.column != 'model']
 
 # %% ../../nbs/run_table8.ipynb #326b82d3
 _PLACES = ('data_set', 'defense', 'teacher', 'student')
@@ -78,11 +79,11 @@ def _tested(who, key, runs, ls):
                'p (two-sided)': 2*min(row['p_up'], row['p_down']), 'verdict': v.verdict, 'why': v.reason}
 
 
-def paired_tests(picked)->pd.DataFrame:
+def paired_tests(frame)->pd.DataFrame:
     "Paired t test of each attack's student against the LS student, ours and, where it prints the seeds, the paper's."
     found = []
-    for key, row in student_rows(picked):
-        runs = runs_of(row)
+    for key, row in student_rows(chosen(frame, 'clean')):
+        runs = runs_of(row, 'judged')
         ls = runs.pop('ls', {})
         found += _tested('ours', key, runs, ls)
     key = tuple(paper_table(8)[list(_PLACES)].iloc[0])
@@ -90,9 +91,9 @@ def paired_tests(picked)->pd.DataFrame:
     return pd.DataFrame([*found, *_tested('printed', key, printed, _printed_runs(key, 'ls'))])
 
 
-def answer(picked)->Answer:
+def answer(frame, picked)->Answer:
     "Is the knockoff student below the LS student, with the whole interval?"
-    tests = paired_tests(picked).query("numbers == 'ours'")
+    tests = paired_tests(frame).query("numbers == 'ours'")
     lines, sentences = [cells for names, cells in draw(picked).rows if names[-1] == 'difference'], []
     for (_, t), cells in zip(tests.iterrows(), lines, strict=True):
         below = sum(c.mean is not None and c.mean < 0 for c in cells[:-1])

@@ -222,6 +222,14 @@ def _save_answers(run, store, data, device, splits):
     return kept
 
 # %% ../../nbs/experiments/05_execution.ipynb #23f2c72c
+def _halves(run, store, data, device):
+    "Where nothing is held out: accuracy on every other test image, to choose candidates, and on the rest, to judge."
+    if data.size('held_out'): return {}
+    answers = released(answers_of(run, store, data, device), data, 'test')
+    hits = (answers.argmax(1) == data.labels('test').cpu()).double()
+    return {'choosing_accuracy': hits[::2].mean().item(), 'judging_accuracy': hits[1::2].mean().item()}
+
+
 def _now(): return time.strftime('%FT%TZ', time.gmtime())
 
 
@@ -233,7 +241,7 @@ def _finish(run, learner, store, data, device, splits):
     if run.kind == 'release': weights = {f'generator.{name}': value for name, value in weights.items()}
     agreed(lambda: store.save_tensors(run, 'weights.safetensors', weights))
     if run.kind != 'attack': _save_answers(run, store, data, device, splits)
-    found = {**_summary(learner.history), 'seconds': learner.seconds, **source}
+    found = {**_summary(learner.history), **_halves(run, store, data, device), 'seconds': learner.seconds, **source}
     agreed(lambda: store.finish(run, found))
 
 

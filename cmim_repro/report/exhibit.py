@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'HOW', 'NARROWING', 'TOLD', 'notebook_of', 'declared', 'read_value', 'read_parameters', 'repeat_command',
-           'selection_rule', 'Asked', 'Given', 'tell', 'Planned', 'Published', 'Exhibit']
+           'Asked', 'Given', 'tell', 'Planned', 'Published', 'Exhibit']
 
 # %% ../../nbs/report/09_exhibit.ipynb #4ee9ae34
 import ast
@@ -34,7 +34,7 @@ from .figures import Picture, save_picture
 from .formats import Table, html_table, save_table
 from .paper import printed_table
 from .paper_audit import findings
-from .results import chosen, provenance_note, results_frame
+from .results import chosen, provenance_note, results_frame, rule_note
 
 # %% ../../nbs/report/09_exhibit.ipynb #f7c8cf60
 FOLDERS = ('data_root', 'store', 'figures')
@@ -119,25 +119,6 @@ def repeat_command(
         if key not in HOW and value != defaults[key]: words += ['-p', key, str(value)]
     return shlex.join(words)
 
-# %% ../../nbs/report/09_exhibit.ipynb #de519b52
-def selection_rule(
-    asked: str, # The parameter: clean, paper, or empty
-    profile: str, # The profile's name
-    entries, # `Entry`s
-)->str:
-    "clean or paper; `Invalid` if candidates are to be chosen on held-out images that do not exist."
-    held_out = {e.data: bool(e.run.data_options.get('held_out')) for e in entries}
-    rule = check_choice('selection', asked or ('clean' if profile != 'paper' or all(held_out.values()) else 'paper'),
-                        ('clean', 'paper'))
-    cells = {}
-    for e in entries:
-        cell = cells.setdefault((e.data, e.defense, e.teacher_model, e.student_model, e.column), set())
-        cell.add(e.choice)
-        if rule == 'clean' and len(cell) > 1 and not held_out[e.data]:
-            raise Invalid(f"selection is 'clean', but the profile holds out no training images of {e.data}; "
-                          "use selection 'paper' or the override held_out=0.1.")
-    return rule
-
 # %% ../../nbs/report/09_exhibit.ipynb #ab793ed1
 class Asked:
     "What the notebook of an exhibit was asked for."
@@ -159,6 +140,8 @@ class Asked:
             p['overrides'] = ', '.join(filter(None, [f'processes={together}', p['overrides']]))
         self.command = repeat_command(name, self.profile.name, p, self.defaults)
         self.protocol = check_choice('protocol', p.get('protocol', 'last'), ('last', 'best'))
+        self.selection = check_choice('selection', p.get('selection') or 'clean', ('clean', 'paper'))
+        if 'margin' in p: check_number('margin', p['margin'])
         self.number = int(found[0]) if (found := re.findall(r'\d+$', name)) else None
 
     @property
@@ -176,7 +159,11 @@ class Asked:
     def picked(self): return chosen(self.frame, self.selection, self.protocol)
 
     @property
-    def note(self): return self.give(self._note)
+    def note(self):
+        "Where the numbers come from, and by which rules candidates are chosen and rows judged."
+        note, p = self.give(self._note), self.parameters
+        if 'selection' not in p or not self.entries: return note
+        return f"{note} {rule_note(self.entries, self.selection, self.protocol, p.get('margin'))}"
 
 # %% ../../nbs/report/09_exhibit.ipynb #3d9b36ec
 NARROWING = ('seeds', 'data_sets', 'defenses', 'attacks', 'networks', 'variant', 'overrides')
@@ -229,7 +216,6 @@ class Planned(Given):
         self.entries, self._note = self.give(entries), note
         plan = self._plan = Plan.of([e.run for e in self.entries]).check()
         if self.parameters['renew'] and not self.plan_only: self._renew()
-        self.selection = selection_rule(self.parameters.get('selection', 'paper'), self.profile.name, self.entries)
         if describe:
             text = self.give(describe)
             return tell(text, f'<pre>{text}</pre>')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'paired_differences', 't_interval', 'bootstrap_interval', 'holm', 'compare', 'Judgement', 'paper_rule',
-           'judge', 'power', 'seeds_needed', 'seeds_to_decide', 'reading', 'gain', 'Answer', 'agreement', 'welch']
+           'judge', 'power', 'seeds_needed', 'chance_to_decide', 'seeds_to_decide', 'image_interval', 'reading', 'gain',
+           'Answer', 'agreement', 'welch']
 
 # %% ../../nbs/report/02_statistics.ipynb #311620bf
 import math
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..core import check_choice, check_number, keyed_seed
+from ..core import Invalid, check_choice, check_number, keyed_seed
 from .paper import label
 
 # %% ../../nbs/report/02_statistics.ipynb #7d7d3916
@@ -189,21 +190,71 @@ def seeds_needed(
     return high
 
 # %% ../../nbs/report/02_statistics.ipynb #3d2f0f7c
+def _samples(root, n, draws, rng):
+    "Sample means, around 0, and standard deviations of n normal vectors with covariance root' root: (draws, attacks)."
+    rank, count = len(root), min(len(root), n - 1)
+    means = rng.normal(size=(draws, rank)) @ root/math.sqrt(n)
+    if n - 1 <= rank: factor = rng.normal(size=(draws, count, rank))
+    else: # Bartlett: the sample covariance of many vectors from few random numbers
+        factor = np.triu(rng.normal(size=(draws, rank, rank)), 1)
+        factor[:, range(rank), range(rank)] = np.sqrt(rng.chisquare(n - 1 - np.arange(rank), (draws, rank)))
+    return means, np.sqrt(np.square(factor @ root).sum(1)/(n - 1))
+
+
+def chance_to_decide(
+    differences, # Differences seen, (seeds, attacks), each column with a spread
+    n: int, # Paired seeds
+    attacks: int, # How many attacks there are, with those that have no differences yet
+    confidence=.95, # As in `judge`
+    margin=0., # As in `judge`
+    draws=4000, # Simulated rows
+)->float:
+    "Probability that `judge` decides the row with n seeds, if the true means and covariances are those seen."
+    d = np.asarray(differences, float)
+    root = (d - d.mean(0))/math.sqrt(len(d) - 1)
+    means, sd = _samples(root, n, draws, np.random.default_rng(keyed_seed('decide', n)))
+    t = (means + d.mean(0) - margin)/(sd/math.sqrt(n))
+    level = (1 - confidence)/2
+    up = t.max(1) > stats.t.ppf(1 - level/attacks, n - 1) # Holm's first step
+    down = (t < -stats.t.ppf(1 - level, n - 1)).all(1) & (d.shape[1] == attacks)
+    return float(np.mean(up | down))
+
+
 def seeds_to_decide(
-    table, # From `compare`, one row an attack
+    students, # Attack to {seed: accuracy of the knockoff student}, in per cent
+    ls, # {seed: accuracy of the LS student}, in per cent
     confidence=.95, # As in `judge`
     margin=0., # As in `judge`
     chance=.8, # Wanted probability of a decision
     limit=10_000, # Give up beyond so many
 )->float:
-    "Paired seeds that would decide a pair with the differences seen; NaN without spread, infinite beyond `limit`."
-    def needed(row, attacks):
-        return seeds_needed(row['mean'] - margin, row['sd'], attacks, chance, confidence, limit) or math.inf
-    known = table.dropna(subset='sd') if len(table) else table
-    above = known[known['mean'] > margin] if len(known) else known
-    if len(above): return float(min(needed(row, len(table)) for _, row in above.iterrows()))
-    if not len(known) or len(known) < len(table): return math.nan
-    return float(max(needed(row, 1) for _, row in known.iterrows()))
+    "Paired seeds that would decide the row with this chance; NaN without spread, infinite beyond `limit`."
+    columns = {attack: paired_differences(runs, ls) for attack, runs in students.items()}
+    known = pd.DataFrame({a: d for a, d in columns.items() if not math.isnan(_spread(d))}).dropna()
+    if len(known) < 2 or (len(known.columns) < len(columns) and not (known.mean() > margin).any()): return math.nan
+
+    def enough(n): return chance_to_decide(known, n, len(columns), confidence, margin) >= chance
+    low, high = 1, 2
+    while not enough(high):
+        if high >= limit: return math.inf
+        low, high = high, min(2*high, limit)
+    while high - low > 1:
+        middle = (low + high)//2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return float(high)
+
+# %% ../../nbs/report/02_statistics.ipynb #44db4f5b
+def image_interval(
+    student, # Right or wrong of the knockoff student, (seeds, images)
+    ls, # The same of the LS student, same seeds and images
+    confidence=.95, # Two-sided confidence
+)->tuple:
+    "Mean difference in points and its interval over test images, for these trained networks: mean, low, high."
+    student, ls = np.atleast_2d(np.asarray(student, float)), np.atleast_2d(np.asarray(ls, float))
+    if student.shape != ls.shape:
+        raise Invalid(f'right answers have shapes {student.shape} and {ls.shape}; both must be (seeds, images).')
+    d = 100*(student - ls).mean(0)
+    return float(d.mean()), *t_interval(d, confidence)
 
 # %% ../../nbs/report/02_statistics.ipynb #af3ed8b8
 def reading(
