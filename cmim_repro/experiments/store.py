@@ -83,7 +83,8 @@ def _definitions(module):
 
 # %% ../../nbs/experiments/04_store.ipynb #153bd250
 _DECIDING = tuple(f'cmim_repro.{part}' for part in ('core', 'theory', 'lab', 'defenses', 'attacks'))
-_LOOP = [('cmim_repro.lab.training', 'train'), ('cmim_repro.experiments.runs', 'chain_answers'),
+_LOOP = [*(('cmim_repro.lab.training', name) for name in ('train', 'Learner')),
+         ('cmim_repro.experiments.runs', 'chain_answers'),
          *(('cmim_repro.experiments.execution', name)
            for name in ('make_method', 'make_network', 'answers_of', 'released', 'query_data'))]
 
