@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import check_batch, check_number, full_precision, keyed_seed
-from .core import objective, release
+from ..core import check_number, full_precision, keyed_seed
+from .core import check_answers, objective, release
 from ..lab.losses import Loss
 from ..theory.distributions import kl
 
@@ -88,6 +88,6 @@ class GenerativePerturbation(nn.Module):
         images=None, # Not used
     ):
         "Log-probabilities (B, C)."
-        check_batch(log_probs, what='log-probabilities')
+        check_answers(log_probs)
         log_probs = full_precision(log_probs)
         return full_precision(self.generator(log_probs)).to(log_probs.dtype).log_softmax(-1)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core import Invalid, check_batch, check_choice, check_number, full_precision, keyed_seed
-from .core import as_log_probs, release
+from ..core import Invalid, check_choice, check_number, full_precision, keyed_seed
+from .core import as_log_probs, check_answers, release
 from ..lab.models.core import model
 
 # %% ../../nbs/defenses/09_mad.ipynb #4215983d
@@ -247,7 +247,7 @@ class MaximalAngularDeviation(nn.Module):
         images=None, # The images they are about; needed
     ):
         "Log-probabilities (B, C)."
-        check_batch(log_probs, what='log-probabilities')
+        check_answers(log_probs)
         if images is None:
             raise Invalid("MAD needs the images beside the log-probabilities: its surrogate looks at them too.")
         log_probs = full_precision(log_probs.detach())

@@ -9,8 +9,8 @@ __all__ = ['reverse_sigmoid', 'ReverseSigmoid']
 import torch
 from torch import nn
 
-from ..core import check_batch, check_choice, check_number, full_precision
-from .core import as_log_probs, release
+from ..core import check_choice, check_number, full_precision
+from .core import as_log_probs, check_answers, release
 
 # %% ../../nbs/defenses/08_rsp.ipynb #17178e60
 def reverse_sigmoid(
@@ -48,7 +48,7 @@ class ReverseSigmoid(nn.Module):
         images=None, # Not used
     ):
         "Log-probabilities (B, C)."
-        check_batch(log_probs, what='log-probabilities')
+        check_answers(log_probs)
         log_probs = full_precision(log_probs)
         exact = log_probs.double().log_softmax(-1)
         sigmoid = self.magnitude * reverse_sigmoid(exact, self.steepness)

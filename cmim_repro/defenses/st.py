@@ -9,8 +9,8 @@ __all__ = ['StingyTeacher']
 import torch
 from torch import nn
 
-from ..core import check_batch, check_number, full_precision
-from .core import release
+from ..core import check_number, full_precision
+from .core import check_answers, release
 
 # %% ../../nbs/defenses/07_st.ipynb #309e04a5
 @release.register('st', variants={'authors': {}, 'paper': {}}, paper={'*': {'ratio': .1}})
@@ -33,7 +33,7 @@ class StingyTeacher(nn.Module):
         images=None, # Not used
     ):
         "Log-probabilities (B, C), -inf outside the top classes."
-        check_batch(log_probs, what='log-probabilities')
+        check_answers(log_probs)
         log_probs = full_precision(log_probs)
         order = log_probs.sort(dim=-1, descending=True, stable=True).indices
         rest = order[:, self.kept(log_probs.shape[1]):]

@@ -33,7 +33,7 @@ from .store import Store, provenance
 from .tasks import data_sets, networks_for, task_for
 from ..lab.data.core import Size, dataset, size_of, step_count
 from ..lab.models.core import describe, model, sketch
-from ..lab.training import Batch, Learner, Recipe, Settings, initialised
+from ..lab.training import Batch, Learner, Recipe, Settings, cpu_threads, initialised
 
 # %% ../../nbs/experiments/07_cost.ipynb #64f81ac2
 def queried(
@@ -388,11 +388,13 @@ def measure_times(
     **options, # passes, steps
 )->dict:
     "The measurement for this device, made now if the store lacks it."
-    source, recipe = provenance(settings.resolve()), next(iter(runs.values())).recipe
+    source = {**provenance(settings.resolve()), 'threads': settings.threads}
+    recipe = next(iter(runs.values())).recipe
     place = source['device'], source['device_name']
     known = [found for found in read_times(runs, store) if (found['device'], found['device_name']) == place]
     if known and not again: return known[0]
-    found = {'seconds': epoch_seconds(runs, data, settings, **options), 'images': data.size('train'),
+    with cpu_threads(settings.threads): seconds = epoch_seconds(runs, data, settings, **options)
+    found = {'seconds': seconds, 'images': data.size('train'),
              'epochs': recipe.epochs, 'batch_size': recipe.batch_size, 'precision': recipe.precision, **source,
              'finished': time.strftime('%FT%TZ', time.gmtime())}
     slug = ''.join(letter if letter.isalnum() else '_' for letter in ' '.join(place))
@@ -611,7 +613,7 @@ def _arguments(arguments):
     parser.add_argument('--steps', type=int, default=5)
     parser.add_argument('--blocks', type=int, default=5)
     parser.add_argument('--device', default='auto')
-    parser.add_argument('--threads', type=int, default=0, help='CPU threads; 0 leaves PyTorch its default')
+    parser.add_argument('--threads', type=int, default=Settings.threads, help='CPU threads')
     parser.add_argument('--compile', action='store_true')
     parser.add_argument('--channels-last', action=argparse.BooleanOptionalAction, default=Settings.channels_last,
                         help='memory format of images and weights')
@@ -633,20 +635,20 @@ def _asked(args):
 def main(arguments=None):
     "Print the cost of a training step with CE and with CMIM, for each network."
     args = _arguments(arguments)
-    if args.threads: torch.set_num_threads(args.threads)
-    settings = Settings(device=args.device, compile=args.compile, channels_last=args.channels_last)
     try:
+        settings = Settings(args.device, args.channels_last, args.compile, threads=args.threads)
         networks, sizes = _asked(args)
         facts = {**sizes, 'precision': args.precision, 'steps': args.steps, 'blocks': args.blocks, 'settings': settings,
                  'options': parse_overrides(args.cmim),
                  'progress': lambda line: print(line, file=sys.stderr, flush=True)}
-        table = pd.concat([throughput(network, **facts) for network in networks], ignore_index=True)
+        with cpu_threads(settings.threads):
+            table = pd.concat([throughput(network, **facts) for network in networks], ignore_index=True)
         if args.csv: table.to_csv(args.csv, index=False)
     except (Invalid, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     facts = provenance(settings.resolve())
-    print(f"{facts['device_name']}, {facts['threads']} threads, torch {facts['torch']}")
+    print(f"{facts['device_name']}, threads: {settings.threads}, torch {facts['torch']}")
     print(table.to_string(index=False, float_format=lambda value: f'{value:.3g}'))
     return 0
 
