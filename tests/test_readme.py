@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
+from cmim_repro.defenses.ce import digit_network, digit_split
 from cmim_repro.report.results import verdicts
 from cmim_repro.report.statistics import t_interval
 
@@ -35,6 +37,19 @@ def test_the_committed_verdicts_follow_from_the_committed_runs():
     folder = ROOT/'data'/'results'/'mini'
     runs = pd.read_csv(folder/'table1_runs.csv').fillna({'choice': '', 'student': ''})
     pd.testing.assert_frame_equal(pd.read_csv(folder/'verdicts.csv', dtype=str), verdicts(runs).astype(str))
+
+
+def test_the_snippet_runs_and_trains():
+    "With names that stand for what the reader has: a model, an optimizer, batches."
+    images, labels, _, _ = digit_split()
+    model = digit_network()
+    places = torch.arange(len(images)).split(100)
+    given = {'epochs': 3, 'model': model, 'optimizer': torch.optim.SGD(model.parameters(), .2, momentum=.9), 'train_labels': labels,
+             'batches': [(images[part], labels[part], part) for part in places], 'labels': labels, 'log_probs': torch.randn(len(labels), 10).log_softmax(1),
+             'student_logits': torch.randn(100, 10), 'teacher_log_probs': torch.randn(100, 10).log_softmax(1)}
+    [snippet] = re.findall(r'```python\n(.*?)```', README, re.S)
+    exec(snippet, given)
+    assert (model(images).argmax(1) == labels).double().mean() > .8
 
 
 def test_there_is_a_table(): assert len(SHOWN) >= 3
