@@ -201,7 +201,8 @@ def provenance_note(
     runs = {e.run.id: e.run for e in entries}
     results = list(filter(None, map(store.result, runs.values())))
     if not results: return f'{command}: no finished run yet.'
-    def each(key): return ', '.join(sorted({str(r.get(key, '?')) for r in results}))
+    parts = [part for r in results for part in (*r.get('earlier', ()), r)] # of runs that went on elsewhere
+    def each(key): return ', '.join(sorted({str(part.get(key, '?')) for part in parts}))
     seeds, hours = len({e.seed for e in entries}), sum(r['seconds'] for r in results)/3600
     note = (f"Made by `{command}` from {len(results)} finished runs, {seeds} seeds, on {each('device_name')}, threads: "
             f"{each('threads')}; torch {each('torch')}; revision {each('revision')}; data: {_data_note(results)}; "
