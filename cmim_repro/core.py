@@ -118,16 +118,19 @@ def check_log_probs(
     if not log_probs.is_floating_point():
         raise Invalid(f'{what} are of type {log_probs.dtype}; they must be logarithms of probabilities, '
                       'floating-point numbers.')
+    if not log_probs.ndim or not log_probs.shape[-1]:
+        raise Invalid(f'{what} have shape {tuple(log_probs.shape)}; it must be (..., C) with C of at least 1.')
     # room for answers that were rounded to two digits, and for the type's own rounding
     room = .01 + 4*torch.finfo(log_probs.dtype).eps*(1 + math.log(log_probs.shape[-1]))
-    total = full_precision(log_probs.detach()).logsumexp(-1).flatten()
+    rows = log_probs.detach().reshape(-1, log_probs.shape[-1])
+    parts = rows.split(max(1, 2**20//rows.shape[1])) # no copy of a large array at once
+    total = torch.cat([full_precision(part).logsumexp(-1) for part in parts])
     bad = (~(total.abs() <= room)).nonzero()[:, 0]
     if not len(bad): return
-    rows = full_precision(log_probs.detach()).flatten(0, -2)[bad]
-    raise Invalid(f'{what}: {len(bad)} of {len(total)} rows are no log-probabilities, the first is row {int(bad[0])}, '
-                  f'whose exponentials sum to {total[bad[0]].exp():g}; {_guess(rows)}.')
+    raise Invalid(f'{what}: {len(bad)} of {len(rows)} rows are no log-probabilities, the first is row {int(bad[0])}, '
+                  f'whose exponentials sum to {total[bad[0]].exp():g}; {_guess(full_precision(rows[bad]))}.')
 
-
+# %% ../nbs/00_core.ipynb #91f1dc82
 def check_labels(
     labels: torch.Tensor, # Class indices, (B,)
     num_classes: int, # C
@@ -146,7 +149,7 @@ def as_tensor(
 )->torch.Tensor:
     "The values as a tensor; a tensor is returned as it is, with its graph."
     if isinstance(values, torch.Tensor): return values
-    return torch.as_tensor(np.ascontiguousarray(values))
+    return torch.as_tensor(np.require(values, requirements='CWE')) # a copy where the array cannot be shared
 
 # %% ../nbs/00_core.ipynb #e3667aef
 def full_precision(

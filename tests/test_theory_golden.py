@@ -145,7 +145,7 @@ def test_cmi_is_between_zero_and_the_entropy_of_the_centroid(sample):
     log_probs, labels, alpha, _ = sample
     values, seen = class_cmi(log_probs, labels, alpha), labels.unique()
     centroids = class_centroids(log_probs, labels, alpha)
-    assert values[seen].min() >= -1e-14 and (values[seen] <= entropy(centroids)[seen] + 1e-13).all()
+    assert values[seen].min() >= -1e-14 and (values[seen] <= entropy(centroids[seen]) + 1e-13).all()
     assert torch.equal(values.isnan(), ~torch.isin(torch.arange(len(values)), seen))
     weights = torch.bincount(labels, minlength=len(values)).double() / len(labels)
     close(cmi(log_probs, labels, alpha), (values.nan_to_num(0) * weights).sum(), zero=1e-13)
@@ -212,13 +212,28 @@ def test_gradients_are_finite_with_zeros(sample, dtype):
     assert (gradients[0][log_probs == -math.inf] == 0).all()
 
 
+@settings(deadline=None, max_examples=60)
+@given(samples(), st.sampled_from([2**2, 2**5, 2**18]))
+def test_a_curve_does_not_depend_on_its_blocks(sample, block):
+    from cmim_repro.theory import cmi as module
+    log_probs, labels, alpha, _ = sample
+    alphas = torch.tensor([0., alpha, .5, 2*alpha, 1e300], dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, 'BLOCK', block)
+        curve, total = cmi_curve(log_probs, labels, alphas, True), CMIAccumulator(alphas, log_probs.shape[1]).update(log_probs, labels)
+    assert torch.equal(total.sums, CMIAccumulator(alphas, log_probs.shape[1]).update(log_probs, labels).sums)
+    seen, several = labels.unique(), alphas[:4].expand(log_probs.shape[1], -1)
+    assert curve[seen].isfinite().all() and curve[seen].min() > -1e-14
+    np.testing.assert_allclose(curve[:, :4].numpy(), class_cmi(log_probs, labels, several).numpy(), rtol=1e-12, atol=2e-14)
+
+
 def test_a_curve_of_ten_thousand_answers_stays_in_bounded_blocks():
     from cmim_repro.theory import cmi as module
     generator = torch.Generator().manual_seed(0)
     log_probs, labels = torch.randn(10_000, 100, generator=generator).log_softmax(-1), torch.randint(0, 100, (10_000,), generator=generator)
     alphas = torch.linspace(0, 2, 60, dtype=torch.float64)
-    sizes = [values.numel() for _, _, values in module._blocks(log_probs, labels, alphas)]
-    assert sum(sizes) == 10_000*60*101 and max(sizes) <= 1.02*module.BLOCK
+    sizes = [probs.numel() for _, _, probs, _ in module._blocks(log_probs, labels, alphas)]
+    assert sum(sizes) == 10_000*60*100 and max(sizes) <= module.BLOCK
     curve = cmi_curve(log_probs, labels, alphas, per_class=True)
     some = slice(None, None, 20)
     np.testing.assert_allclose(curve[:, some].numpy(), class_cmi(log_probs.double(), labels, alphas[some].expand(100, -1)).numpy(), rtol=0, atol=1e-13)

@@ -19,8 +19,9 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch
 
-from ..core import Invalid, atomic_write, check_batch, check_number
-from .paper import label, name_of
+from ..core import (Invalid, as_tensor, atomic_write, check_batch, check_labels, check_log_probs,
+                             check_number)
+from .paper import name_of, our_label
 from ..theory.distributions import power_transform
 
 # %% ../../nbs/report/03_figures.ipynb #e7346c38
@@ -92,7 +93,7 @@ def _peak_legend(fig, handles, peaks, end):
     def power(at): return rf'$\alpha={at:.3g}$' + (' (end)' if at == end else '')
     entries = []
     for handle, (name, (top, at)) in zip(handles, peaks.items(), strict=True):
-        text = f'{label(name)}: {top:#.3g}' + ('' if shared and at == usual else f' at {power(at)}')
+        text = f'{our_label(name)}: {top:#.3g}' + ('' if shared and at == usual else f' at {power(at)}')
         entries.append((top, handle, text))
     _, handles, names = zip(*sorted(entries, key=lambda e: -e[0]), strict=True)
     title = 'largest CMI (nats)' + (f', at {power(usual)} unless another is named' if shared else '')
@@ -111,7 +112,8 @@ def cmi_curves(
     fig, ax = _canvas(size=(6.8, 4. + .1 * len(curves)))
     peaks = {}
     for name, look in _looks(list(curves)).items():
-        peaks[name] = _draw_curve(ax, alphas, curves[name], label(name), look, 3 if name_of(name) == 'cmim' else 1.5)
+        width = 3 if name_of(name) == 'cmim' else 1.5
+        peaks[name] = _draw_curve(ax, alphas, curves[name], our_label(name), look, width)
     tops = [top for top, _ in peaks.values()]
     if min(tops)*20 < max(tops) if log is None else log: ax.set_yscale('log')
     else: ax.set_ylim(0, None)
@@ -135,7 +137,7 @@ def class_cmi_figure(
     peaks = {}
     for i, (name, value, slope) in enumerate(zip(names, values, derivatives, strict=True)):
         look = _look(i)
-        peaks[name] = _draw_curve(above, alphas, value, label(name), look)
+        peaks[name] = _draw_curve(above, alphas, value, our_label(name), look)
         powers, slope = _check_curve(alphas, slope, name)
         below.plot(powers, slope, color=look[0], linestyle=look[2])
         best = int(np.nanargmax(np.asarray(value, float)))
@@ -166,12 +168,14 @@ def simplex_points(
     alpha=1., # Power
 ):
     "Points (n, 2) of three classes' samples in the triangle `CORNERS`, and which of the three (n,) each belongs to."
-    log_probs, labels = torch.as_tensor(log_probs).detach().cpu().double(), torch.as_tensor(labels).cpu()
+    log_probs, labels = as_tensor(log_probs).detach().cpu(), as_tensor(labels).cpu()
     check_batch(log_probs, labels, 'log_probs')
+    check_log_probs(log_probs)
+    check_labels(labels, log_probs.shape[1])
     check_number('Power of a simplex', alpha, 0, open_low=True)
     classes = torch.tensor(_three(classes, log_probs.shape[1]))
     member = (labels[:, None] == classes).nonzero()
-    probs = power_transform(log_probs[member[:, 0]][:, classes], alpha).exp()
+    probs = power_transform(log_probs[member[:, 0]][:, classes].double(), alpha).exp()
     return probs.numpy() @ CORNERS, member[:, 1].numpy()
 
 # %% ../../nbs/report/03_figures.ipynb #ee7f2b73
@@ -202,7 +206,7 @@ def simplex_figure(
     for row, alpha in zip(axes, alphas, strict=True):
         for ax, (name, (log_probs, labels)) in zip(row, models.items(), strict=True):
             _draw_simplex(ax, log_probs, labels, classes, alpha, names)
-            ax.set_title(rf'{label(name)}, $\alpha={alpha:g}$', fontsize='medium')
+            ax.set_title(rf'{our_label(name)}, $\alpha={alpha:g}$', fontsize='medium')
     fig.legend(*axes[0, 0].get_legend_handles_labels(), title='label $y$', loc='outside lower center', ncols=3,
                markerscale=1.8)
     return fig
@@ -261,7 +265,7 @@ def simplex_html(
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
     if not models or not len(alphas): raise Invalid('Give at least one model and one power.')
-    names, corners = [label(name) for name in models], _corner_names(classes, class_names)
+    names, corners = [our_label(name) for name in models], _corner_names(classes, class_names)
     coordinates = _coordinates(models, classes, alphas)
     start = int(np.argmin(np.abs(np.asarray(alphas, float) - 1)))
     fig = make_subplots(1, len(names), subplot_titles=names, horizontal_spacing=.02)

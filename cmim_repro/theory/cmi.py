@@ -12,29 +12,35 @@ import math
 import torch
 from torch import Tensor
 
-from ..core import Invalid, check_batch, check_number
-from .distributions import entropy, kl, power_transform
+from ..core import Invalid, as_tensor, check_batch, check_labels, check_log_probs, check_number
+from .distributions import _may_read, _number_or_tensor, kl, power_transform
 
 # %% ../../nbs/theory/02_cmi.ipynb #8eb23a6a
+def _labels(labels, num_classes, device, read=False):
+    "Labels as an int64 tensor on `device`, refused outside 0..num_classes-1."
+    labels = as_tensor(labels).to(device).long()
+    if len(labels) and _may_read(labels, read): check_labels(labels, num_classes)
+    return labels
+
+
 def _check(log_probs, labels, num_classes=None, read=False):
-    "Number of classes, after checking shapes, and values too; on an accelerator values are read only when `read`."
+    "Log-probabilities and labels as tensors, and the number of classes, after checking shapes and values."
+    log_probs, labels = as_tensor(log_probs), as_tensor(labels)
     check_batch(log_probs, labels, 'log_probs')
     if num_classes is None: num_classes = log_probs.shape[1]
     check_number('num_classes', num_classes, 1, integer=True)
-    if torch.compiler.is_compiling() or not (read or labels.device.type == 'cpu'): return num_classes
-    low, high = labels.min().item(), labels.max().item()
-    if low < 0 or high >= num_classes:
-        raise Invalid(f'labels run from {low} to {high}; they must be from 0 to {num_classes - 1}.')
-    return num_classes
+    if _may_read(log_probs, read): check_log_probs(log_probs)
+    return log_probs, _labels(labels, num_classes, log_probs.device, read), num_classes
 
 
 def _check_powers(log_probs, labels, alpha, num_classes=None):
-    "As `_check`, and that there is a power for every class."
-    num_classes = _check(log_probs, labels, num_classes)
+    "As `_check`, with the powers as a number or a tensor with a row for every class."
+    log_probs, labels, num_classes = _check(log_probs, labels, num_classes)
+    alpha = _number_or_tensor(alpha)
     if isinstance(alpha, Tensor) and alpha.ndim and len(alpha) != num_classes:
         raise Invalid(f'alpha has shape {tuple(alpha.shape)}; with {num_classes} classes it must be a number, '
                       f'({num_classes},) or ({num_classes}, N).')
-    return num_classes
+    return log_probs, labels, alpha, num_classes
 
 # %% ../../nbs/theory/02_cmi.ipynb #d3f6d2a6
 def class_mean(
@@ -43,7 +49,8 @@ def class_mean(
     num_classes: int, # Number of classes
 )->Tensor:
     "Mean over the samples of each class, (num_classes, ...); NaN for a class without samples."
-    labels = labels.long()
+    values = as_tensor(values)
+    labels = _labels(labels, num_classes, values.device)
     totals = values.new_zeros(num_classes, *values.shape[1:]).index_add(0, labels, values)
     counts = values.new_zeros(num_classes).index_add(0, labels, torch.ones_like(labels, dtype=values.dtype))
     return totals / counts.view(-1, *[1]*(values.ndim - 1))
@@ -55,23 +62,17 @@ def class_power_transform(
     alpha: float|Tensor, # A power, or powers for each class, (classes,) or (classes, N)
 )->Tensor:
     "Each distribution raised to the power(s) of its class, (B, C), or (B, N, C) when there are N for each class."
+    log_probs, alpha = as_tensor(log_probs), _number_or_tensor(alpha)
     if not isinstance(alpha, Tensor) or alpha.ndim == 0: return power_transform(log_probs, alpha)
     if alpha.ndim > 2:
         raise Invalid(f'alpha has shape {tuple(alpha.shape)}; it must be a number, (classes,) or (classes, N).')
-    own = alpha[labels.long()]
+    own = alpha[_labels(labels, len(alpha), alpha.device)]
     if own.ndim == 1: return power_transform(log_probs, own[:, None])
     return power_transform(log_probs[:, None], own[:, :, None])
 
 # %% ../../nbs/theory/02_cmi.ipynb #e64857df
-def class_centroids(
-    log_probs: Tensor, # Log-probabilities, (B, C)
-    labels: Tensor, # Class of each sample, (B,)
-    alpha: float|Tensor=1., # A power, or powers for each class, (classes,) or (classes, N)
-    num_classes: int|None=None, # Number of classes, C unless given
-)->Tensor:
-    "Log of each class's mean power-transformed distribution (eq. 16), (classes, C) or (classes, N, C); NaN if empty."
-    num_classes = _check_powers(log_probs, labels, alpha, num_classes)
-    rows, labels = class_power_transform(log_probs, labels, alpha), labels.long()
+def _centroids(rows, labels, num_classes):
+    "Log of each class's mean distribution, (classes, ...), from log-probabilities (B, ...)."
     index = labels.view(-1, *[1]*(rows.ndim - 1)).expand_as(rows)
     top = rows.new_full((num_classes, *rows.shape[1:]), -math.inf).scatter_reduce(0, index, rows.detach(), 'amax')
     top = top.masked_fill(top == -math.inf, 0)
@@ -79,11 +80,22 @@ def class_centroids(
     zero = mean == 0
     return mean.masked_fill(zero, 1).log().masked_fill(zero, -math.inf) + top
 
+
+def class_centroids(
+    log_probs: Tensor, # Log-probabilities, (B, C)
+    labels: Tensor, # Class of each sample, (B,)
+    alpha: float|Tensor=1., # A power, or powers for each class, (classes,) or (classes, N)
+    num_classes: int|None=None, # Number of classes, C unless given
+)->Tensor:
+    "Log of each class's mean power-transformed distribution (eq. 16), (classes, C) or (classes, N, C); NaN if empty."
+    log_probs, labels, alpha, num_classes = _check_powers(log_probs, labels, alpha, num_classes)
+    return _centroids(class_power_transform(log_probs, labels, alpha), labels, num_classes)
+
 # %% ../../nbs/theory/02_cmi.ipynb #c90eaebc
 def _divergences(log_probs, labels, alpha, num_classes):
     "KL of every power-transformed sample from the centroid of its class, (B,) or (B, N)."
-    centroids = class_centroids(log_probs, labels, alpha, num_classes)
-    return kl(class_power_transform(log_probs, labels, alpha), centroids[labels.long()])
+    rows = class_power_transform(log_probs, labels, alpha)
+    return kl(rows, _centroids(rows, labels, num_classes)[labels], check=False)
 
 
 def class_cmi(
@@ -93,7 +105,7 @@ def class_cmi(
     num_classes: int|None=None, # Number of classes, C unless given
 )->Tensor:
     "CMI of each class in nats (eqs 6 and 14), (classes,) or (classes, N), differentiable; NaN for an empty class."
-    num_classes = _check_powers(log_probs, labels, alpha, num_classes)
+    log_probs, labels, alpha, num_classes = _check_powers(log_probs, labels, alpha, num_classes)
     return class_mean(_divergences(log_probs, labels, alpha, num_classes), labels, num_classes)
 
 
@@ -104,40 +116,51 @@ def cmi(
     num_classes: int|None=None, # Number of classes, C unless given
 )->Tensor:
     "CMI in nats, the mean over all samples (eqs 7 and 15), a scalar or (N,)."
-    return _divergences(log_probs, labels, alpha, _check_powers(log_probs, labels, alpha, num_classes)).mean(0)
+    return _divergences(*_check_powers(log_probs, labels, alpha, num_classes)).mean(0)
 
 # %% ../../nbs/theory/02_cmi.ipynb #385e8f96
-BLOCK = 2**20 # numbers worked on at once, 8 MB in float64
+BLOCK = 2**18 # numbers worked on at once: 2 MB in float64 stay in a CPU's cache
+
+
+def _powered(shifted, zero, alphas):
+    "Probabilities (n, b, C) and entropies (n, b) at n powers, from log-probabilities less their largest, (b, C)."
+    q = (alphas[:, None, None]*shifted).exp_()
+    if zero is not None: q.masked_fill_(zero, 0)
+    total = q.sum(-1)
+    q.div_(total[..., None])
+    return q, total.log() - alphas[:, None]*(q*shifted).sum(-1)
 
 
 def _blocks(log_probs, labels, alphas):
-    "Blocks of samples and powers: labels, slice of powers, and probabilities with their entropy beside, (b, n, C + 1)."
-    rows = max(1, min(len(log_probs), BLOCK//log_probs.shape[1]))
-    powers = max(1, BLOCK//(rows*log_probs.shape[1]))
-    for part, y in zip(log_probs.double().split(rows), labels.split(rows), strict=True):
-        for first in range(0, len(alphas), powers):
-            chosen = slice(first, first + powers)
-            log_q = power_transform(part[:, None], alphas[chosen, None])
-            yield y, chosen, torch.cat([log_q.exp(), entropy(log_q)[..., None]], -1)
+    "Blocks of samples of one class and of powers: class, slice of powers, probabilities (n, b, C), entropies (n, b)."
+    size = BLOCK if log_probs.device.type == 'cpu' else 32*BLOCK
+    classes, counts = labels.unique(return_counts=True)
+    members_of = labels.argsort(stable=True).split(counts.tolist())
+    for y, members in zip(classes.tolist(), members_of, strict=True):
+        for rows in members.split(max(1, size//log_probs.shape[1])):
+            part = log_probs[rows].double()
+            shifted, zero = part - part.amax(-1, keepdim=True), part == -math.inf
+            if zero.any(): shifted.masked_fill_(zero, 0)
+            else: zero = None
+            powers = max(1, size//part.numel())
+            for chosen in (slice(i, i + powers) for i in range(0, len(alphas), powers)):
+                yield y, chosen, *_powered(shifted, zero, alphas[chosen])
 
 # %% ../../nbs/theory/02_cmi.ipynb #9b92da4e
 def _alphas(alphas, device):
     "Powers as a float64 tensor (N,), checked."
-    alphas = torch.as_tensor(alphas, dtype=torch.float64, device=device)
+    alphas = as_tensor(alphas).to(device, torch.float64)
     good = alphas.ndim == 1 and len(alphas) > 0 and bool((torch.isfinite(alphas) & (alphas >= 0)).all())
     if not good:
         raise Invalid(f'alphas are {alphas.tolist()}; they must be a list of one or more finite numbers from 0.')
     return alphas
 
-
-def _check_measured(log_probs, labels, num_classes):
-    num_classes = _check(log_probs, labels, num_classes, read=True)
-    bad = ~torch.isfinite(log_probs.logsumexp(-1))
-    if not bad.any(): return num_classes
-    raise Invalid(f'{int(bad.sum())} of {len(bad)} log_probs are no distribution (NaN, +inf or zeros only), '
-                  f'the first in row {int(bad.nonzero()[0])}.')
-
 # %% ../../nbs/theory/02_cmi.ipynb #6432e988
+def _sums(probs, entropies):
+    "Sums over the samples of a block, (n, C + 1): of their probabilities, and of their entropies beside them."
+    return torch.cat([probs.sum(1), entropies.sum(1)[:, None]], 1)
+
+
 def _finish(means, counts, per_class):
     "CMI from the class means of probabilities and entropy, (classes, N, C + 1); eq. 33, then eq. 12."
     values = torch.special.entr(means[..., :-1]).sum(-1) - means[..., -1]
@@ -153,9 +176,10 @@ def cmi_curve(
     num_classes: int|None=None, # Number of classes, C unless given
 )->Tensor:
     "CMI in nats at each power (eq. 15), (N,), or of each class (eq. 14), (classes, N); in float64 and bounded memory."
-    num_classes, alphas = _check_measured(log_probs, labels, num_classes), _alphas(alphas, log_probs.device)
+    log_probs, labels, num_classes = _check(log_probs, labels, num_classes, read=True)
+    alphas = _alphas(alphas, log_probs.device)
     sums = log_probs.new_zeros(num_classes, len(alphas), log_probs.shape[1] + 1, dtype=torch.float64)
-    for y, chosen, values in _blocks(log_probs, labels, alphas): sums[:, chosen].index_add_(0, y.long(), values)
+    for y, chosen, *values in _blocks(log_probs, labels, alphas): sums[y, chosen] += _sums(*values)
     counts = torch.bincount(labels, minlength=num_classes).double()
     return _finish(sums / counts[:, None, None], counts, per_class)
 
@@ -164,10 +188,15 @@ PLACES = 31 # binary places in each of the two pieces
 
 
 def _to_fixed(values):
-    "Values of at least 0 as two int64 pieces, (2, ...), with 62 binary places."
+    "Values of at least 0 as two pieces with 62 binary places together, whole numbers in float64."
     scaled = values * 2.**PLACES
     high = scaled.floor()
-    return torch.stack([high, ((scaled - high) * 2.**PLACES).round()]).long()
+    return high, scaled.sub_(high).mul_(2.**PLACES).round_()
+
+
+def _fixed_sums(probs, entropies):
+    "As `_sums`, in two int64 pieces, (2, n, C + 1)."
+    return torch.stack([_sums(*pieces) for pieces in zip(_to_fixed(probs), _to_fixed(entropies), strict=True)]).long()
 
 
 def _from_fixed(pieces):
@@ -195,12 +224,12 @@ class _FixedSums:
         labels: Tensor, # Class of each sample, (B,)
     ):
         "Take in a batch."
-        _check_measured(log_probs, labels, self.num_classes)
+        log_probs, labels, _ = _check(log_probs, labels, self.num_classes, read=True)
         if log_probs.shape[1] != self.outputs:
             raise Invalid(f'log_probs have {log_probs.shape[1]} columns; this accumulator was made for {self.outputs}.')
         self.counts += torch.bincount(labels, minlength=self.num_classes)
-        for y, chosen, values in _blocks(log_probs, labels, self.alphas):
-            self.sums[:, :, chosen].index_add_(1, y.long(), _to_fixed(values.clamp_min(0)))
+        for y, chosen, *values in _blocks(log_probs, labels, self.alphas):
+            self.sums[:, y, chosen] += _fixed_sums(*values)
         return self
 
     def merge(self,

@@ -8,16 +8,28 @@ __all__ = ['power_transform', 'entropy', 'kl', 'log_mixture', 'second_moment', '
 # %% ../../nbs/theory/01_distributions.ipynb #00d0056a
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import Invalid, check_number
+from ..core import Invalid, as_tensor, check_log_probs, check_number
 
 # %% ../../nbs/theory/01_distributions.ipynb #0021dcdb
+def _may_read(values, read=False):
+    "May values be looked at? Never while `torch.compile` traces; on an accelerator, which would stall, if `read`."
+    return (read or values.device.type == 'cpu') and not torch.compiler.is_compiling()
+
+
+def _number_or_tensor(value):
+    "An array or a list as a tensor; anything else as it is."
+    return as_tensor(value) if isinstance(value, (np.ndarray, list, tuple)) else value
+
+
 def _check_alpha(alpha):
-    "Powers, refused when negative or not finite; tensors on an accelerator are not read, that would stall it."
-    if not isinstance(alpha, Tensor): return check_number('alpha', alpha, 0)
-    if alpha.device.type != 'cpu' or torch.compiler.is_compiling(): return alpha
+    "A power or a tensor of powers, refused when negative or not finite."
+    alpha = _number_or_tensor(alpha)
+    if not isinstance(alpha, Tensor): return float(check_number('alpha', alpha, 0))
+    if not _may_read(alpha): return alpha
     bad = ~(torch.isfinite(alpha) & (alpha >= 0))
     if bad.any():
         raise Invalid(f'alpha holds {alpha[bad].flatten()[0].item()}; every power must be a finite number from 0.')
@@ -31,6 +43,7 @@ def power_transform(
     probs: bool=False, # Probabilities of finite `log_probs`, at powers that were checked before: no copy, no masks
 )->Tensor:
     "Logarithm of the power-transformed distribution (eq. 2); power 0 is uniform over the support."
+    log_probs = as_tensor(log_probs)
     if temperature is not None:
         return (log_probs / check_number('temperature', temperature, 0, open_low=True)).log_softmax(-1)
     if probs: return (alpha * log_probs).softmax(-1)
@@ -39,6 +52,13 @@ def power_transform(
     # alpha * -inf is NaN at alpha = 0, and so is its derivative in alpha everywhere
     scaled = alpha * log_probs.masked_fill(zero, 0)
     return scaled.masked_fill(zero, -math.inf).log_softmax(-1)
+
+# %% ../../nbs/theory/01_distributions.ipynb #e781c832
+def _measured(log_probs, what='log_probs'):
+    "Log-probabilities (..., C) as a tensor; rows that are no log-distributions are refused."
+    log_probs = as_tensor(log_probs)
+    if _may_read(log_probs): check_log_probs(log_probs, what)
+    return log_probs
 
 # %% ../../nbs/theory/01_distributions.ipynb #88890071
 def _expectation(p, values):
@@ -50,14 +70,17 @@ def entropy(
     log_probs: Tensor, # Log-probabilities, (..., C)
 )->Tensor:
     "Shannon entropy in nats of each distribution, (...)."
+    log_probs = _measured(log_probs)
     return -_expectation(log_probs.exp(), log_probs)
 
 # %% ../../nbs/theory/01_distributions.ipynb #16231e85
 def kl(
     log_p: Tensor, # Log-probabilities P, (..., C)
     log_q: Tensor, # Log-probabilities Q, broadcast against `log_p`
+    check: bool=True, # Refuse rows that are no log-probabilities? A step of training does not
 )->Tensor:
     "KL divergence of P from Q in nats, (...); infinite where Q has a zero that P has not."
+    if check: log_p, log_q = _measured(log_p, 'log_p'), _measured(log_q, 'log_q')
     p = log_p.exp()
     zero = p == 0
     return (p * (log_p.masked_fill(zero, 0) - log_q.masked_fill(zero, 0))).sum(-1)
@@ -68,6 +91,7 @@ def log_mixture(
     dim: int=0, # Dimension to average over
 )->Tensor:
     "Logarithm of the mean of distributions along `dim`, without leaving log space."
+    log_probs = _measured(log_probs)
     zero = (log_probs == -math.inf).all(dim, keepdim=True)
     # where all are zero a logsumexp has no gradient
     total = log_probs.masked_fill(zero, 0).logsumexp(dim, keepdim=True).masked_fill(zero, -math.inf)
@@ -78,6 +102,7 @@ def second_moment(
     log_probs: Tensor, # Log-probabilities, (..., C)
 )->Tensor:
     "Second moment of the information -ln P under P, in squared nats (eq. 32b), (...)."
+    log_probs = _measured(log_probs)
     return _expectation(log_probs.exp(), log_probs.masked_fill(log_probs == -math.inf, 0).square())
 
 # %% ../../nbs/theory/01_distributions.ipynb #d03eb27d
@@ -86,6 +111,7 @@ def covariance(
     log_q: Tensor, # Log-probabilities Q, broadcast against `log_p`
 )->Tensor:
     "Covariance under P of the informations -ln P and -ln Q, in squared nats (eq. 32c), (...)."
+    log_p, log_q = _measured(log_p, 'log_p'), _measured(log_q, 'log_q')
     p = log_p.exp()
     zero = p == 0
     u, v = (-x.masked_fill(zero, 0) for x in (log_p, log_q))

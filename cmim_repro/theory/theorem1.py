@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import check_number
+from ..core import as_tensor, check_number
+from .distributions import _number_or_tensor
 
 # %% ../../nbs/theory/04_theorem1.ipynb #f5818f5e
 def log_mean_exp(
@@ -22,6 +23,7 @@ def log_mean_exp(
     naive: bool=False, # Write the exponential out, which overflows, as a first attempt would?
 )->Tensor:
     "Smooth maximum (eq. 22), in the units of `values`, without dimension `dim`; between max - ln(N)/omega and max."
+    values, omega = as_tensor(values), _number_or_tensor(omega)
     if not isinstance(omega, Tensor): check_number('omega', omega, 0, open_low=True)
     if naive: return (omega * values).exp().mean(dim).log() / omega
     return ((omega * values).logsumexp(dim) - math.log(values.shape[dim])) / omega
@@ -38,9 +40,9 @@ def smooth_maximum(
     nodes, weights = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(8))
     points = (torch.arange(panels)[:, None] + (nodes + 1)/2).flatten() * (beta/panels)
     log_weights = (weights / (2*panels)).log().repeat(panels)
-    omega = torch.as_tensor(omega, dtype=torch.float64)
+    omega = as_tensor(omega).double()
     if not (torch.isfinite(omega) & (omega > 0)).all():
         check_number('omega', omega[~(omega > 0)].flatten()[:1].sum().item(), 0, open_low=True)
-    values = curve(points)
+    values = as_tensor(curve(points))
     values = values[(..., *[None]*omega.ndim, slice(None))]
     return torch.logsumexp(values * omega[..., None] + log_weights.to(values.device), -1) / omega

@@ -10,7 +10,7 @@ import math
 
 from torch import Tensor
 
-from .cmi import _check_powers, class_centroids, class_mean, class_power_transform
+from .cmi import _centroids, _check_powers, class_mean, class_power_transform
 
 # %% ../../nbs/theory/03_theorem2.ipynb #e37ec349
 def cmi_derivative(
@@ -20,9 +20,9 @@ def cmi_derivative(
     num_classes: int|None=None, # Number of classes, C unless given
 )->Tensor:
     "Derivative of class CMI in the power (eq. 31), in nats, shaped as it; at 0 from the right; NaN for an empty class."
-    num_classes = _check_powers(log_probs, labels, alpha, num_classes)
+    log_probs, labels, alpha, num_classes = _check_powers(log_probs, labels, alpha, num_classes)
     log_p = class_power_transform(log_probs, labels, alpha)
-    log_q = class_centroids(log_probs, labels, alpha, num_classes)[labels.long()]
+    log_q = _centroids(log_p, labels, num_classes)[labels]
     u = log_probs if log_p.ndim == 2 else log_probs[:, None]
     p = log_p.exp()
     zero = p == 0
@@ -31,13 +31,13 @@ def cmi_derivative(
 
 # %% ../../nbs/theory/03_theorem2.ipynb #36e0df16
 def cmi_curvature(
-    log_probs: Tensor, # Log-probabilities without exact zeros, or logits, (B, C)
+    log_probs: Tensor, # Log-probabilities without exact zeros, (B, C)
     labels: Tensor, # Class of each sample, (B,)
     num_classes: int|None=None, # Number of classes, C unless given
 )->Tensor:
     "Second derivative of class CMI at power 0: mean variance of the centred logits, (classes,); NaN where undefined."
-    num_classes = _check_powers(log_probs, labels, 0., num_classes)
+    log_probs, labels, _, num_classes = _check_powers(log_probs, labels, 0., num_classes)
     finite = log_probs.masked_fill(log_probs == -math.inf, math.nan)
     centred = finite - finite.mean(-1, keepdim=True)
     mean = class_mean(centred, labels, num_classes)
-    return class_mean((centred - mean[labels.long()]).square().mean(-1), labels, num_classes)
+    return class_mean((centred - mean[labels]).square().mean(-1), labels, num_classes)
