@@ -380,7 +380,7 @@ def change(tree, what):
         return f'{train} is not a readable image'
     if what == 'empty class folder':
         for image in (tree / 'train' / 'n02').iterdir(): image.unlink()
-        return f"{tree / 'train' / 'n02'} holds no JPEG or PNG images"
+        return f"{tree / 'train' / 'n02'} holds no images"
     if what in ('class missing in val', 'class missing in train'):
         path = tree / what.split()[-1] / 'n02'
         for image in path.iterdir(): image.unlink()
@@ -479,7 +479,7 @@ def cut(path): path.write_bytes(path.read_bytes()[:300])
     (lambda f: cut(f / 'val' / 'images' / 'val_n02_1.JPEG'), 'val_n02_1.JPEG is not a readable image'),
     (lambda f: cut(f / 'train' / 'n01' / 'images' / 'n01_2.JPEG'), 'n01_2.JPEG is not a readable image'),
     (lambda f: [path.unlink() for path in (f / 'train' / 'n02' / 'images').iterdir()],
-     'n02/images holds no JPEG or PNG images'),
+     'train/n02 holds no images'),
     (lambda f: (f / 'train' / 'n02').rename(f / 'train' / 'n03'),
      'the class folders of train must be those of wnids.txt'),
     (lambda f: (f / 'val' / 'images').rename(f / 'val' / 'pictures'), 'val/images cannot be read'),

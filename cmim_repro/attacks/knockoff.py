@@ -26,13 +26,14 @@ def transfer_source(
 # %% ../../nbs/attacks/07_knockoff.ipynb #8b6b6ccc
 def choose_queries(
     size: int, # Images in the transfer set
-    budget: int|None=None, # Questions that may be asked; None for all
+    budget: int|None=None, # Questions to ask, at most `size`; None for all
     seed: int=0, # Of the random order
 )->torch.Tensor:
-    "Indices of the images to ask about, whole numbers of shape (min(size, budget),)."
+    "Indices of the images to ask about, whole numbers of shape (budget,); `Invalid` for a budget above `size`."
     check_number('the size of the transfer set', size, 1, integer=True)
     if budget is None: return torch.arange(size)
-    check_number('budget', budget, 1, integer=True)
+    if check_number('budget', budget, 1, integer=True) > size:
+        raise Invalid(f'budget is {budget}, but the transfer set has only {size} images; each is asked about once.')
     return torch.randperm(size, generator=keyed_generator(seed, 'queries'))[:budget].sort().values
 
 # %% ../../nbs/attacks/07_knockoff.ipynb #f6ba921b
@@ -63,7 +64,7 @@ class Knockoff(Loss):
 
     def __init__(self,
         transfer: str='train', # Transfer set: 'train', the name of a data set, or 'folder:PATH'
-        budget: int|None=None, # Questions that may be asked; None for one for each image
+        budget: int|None=None, # Questions to ask, at most one for each image; None for one for each
         queries: str='cached', # `cached`: once, no augmentation, own recipe; `online`: every batch, common recipe
         reduction: str='batchmean', # `elemmean` divides by C
         scale: float=1., # Factor of the loss

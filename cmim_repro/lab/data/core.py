@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['dataset', 'SPLITS', 'AUGMENTS', 'random_crop', 'random_flip', 'random_rotation', 'Crop', 'Flip', 'Rotation',
            'augmented', 'chosen_classes', 'chosen_samples', 'relabelled', 'regrouped', 'step_count', 'batch_places',
-           'rank_share', 'Facts', 'usable_device', 'Splits', 'DataSet', 'TensorDataSet', 'tensor_data_set', 'Size',
-           'size_of', 'sha256', 'read_file', 'check_published', 'fetch', 'open_image', 'listing_sum', 'folders_in',
+           'rank_share', 'sha256', 'listing_sum', 'Facts', 'usable_device', 'Splits', 'DataSet', 'TensorDataSet',
+           'tensor_data_set', 'Size', 'size_of', 'read_file', 'check_published', 'fetch', 'open_image', 'folders_in',
            'images_in']
 
 # %% ../../../nbs/lab/data/00_core.ipynb #6bab8036
@@ -15,12 +15,13 @@ import io
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ...core import Invalid, Registry, Unusable, check_choice, check_number, keyed_generator
 
@@ -139,6 +140,14 @@ def _held_count(fraction, count, name):
     if count < 2: raise Invalid(f'held_out is {fraction}, but class {name!r} has only {count} training image.')
     return min(max(1, round(fraction * count)), count - 1)
 
+
+def _first(order, what, limit, name, part):
+    "The first `limit` positions of a class's order; all for None."
+    if limit is None: return order
+    if limit > len(order):
+        raise Invalid(f'{what} is {limit}, but class {name!r} has only {len(order)} {part} images.')
+    return order[:limit]
+
 # %% ../../../nbs/lab/data/00_core.ipynb #7cf14cb1
 def chosen_samples(
     train_labels: torch.Tensor, # Labels of the whole training set, (N,)
@@ -150,19 +159,20 @@ def chosen_samples(
     held_out=0., # Part of each class's training images that is set aside, from 0, below 1
     split_seed=0, # Seed of all of it
 )->dict: # Split to positions: 'train' and 'held_out' in the training set, 'test' in the test set
-    "A stratified choice of images, in the order of the files."
+    "A stratified choice of images, in the order of the files; `Invalid` where a class has fewer than asked for."
     check_number('held_out', held_out, 0, 1, open_high=True)
     check_number('split_seed', split_seed, 0, integer=True)
     for what, limit in (('per_class', per_class), ('test_per_class', test_per_class)):
         if limit is not None: check_number(what, limit, 1, integer=True)
     places = {'train': [], 'held_out': [], 'test': []}
     for index in chosen:
-        kept = _class_order(train_labels, index, (split_seed, 'split', 'train', names[index]))[:per_class]
+        order = _class_order(train_labels, index, (split_seed, 'split', 'train', names[index]))
+        kept = _first(order, 'per_class', per_class, names[index], 'training')
         held = _held_count(held_out, len(kept), names[index])
         places['held_out'].append(kept[:held])
         places['train'].append(kept[held:])
-        tested = _class_order(test_labels, index, (split_seed, 'split', 'test', names[index]))
-        places['test'].append(tested[:test_per_class])
+        order = _class_order(test_labels, index, (split_seed, 'split', 'test', names[index]))
+        places['test'].append(_first(order, 'test_per_class', test_per_class, names[index], 'test'))
     return {split: torch.cat(parts).sort().values for split, parts in places.items()}
 
 # %% ../../../nbs/lab/data/00_core.ipynb #689aa467
@@ -216,6 +226,20 @@ def rank_share(
     "The contiguous part of a batch that belongs to a process."
     return slice(count * rank // world, count * (rank + 1) // world)
 
+# %% ../../../nbs/lab/data/00_core.ipynb #28f5f732
+def sha256(
+    content, # What a file holds, or other bytes in memory
+)->str:
+    "The sum as it is recorded with every result."
+    return 'sha256:' + hashlib.sha256(content).hexdigest()
+
+
+def listing_sum(
+    lines, # One for each file: its name and what is known about it
+)->str:
+    "SHA-256 of the lines in sorted order, each ended by a newline."
+    return sha256(''.join(f'{line}\n' for line in sorted(lines)).encode(errors='surrogateescape'))
+
 # %% ../../../nbs/lab/data/00_core.ipynb #dbaee98f
 SPLITS, AUGMENTS = ('train', 'held_out', 'test'), ('none', 'standard')
 
@@ -231,7 +255,7 @@ class Facts:
     superclasses: list|None = None # Index of each class's group
     superclass_names: list|None = None # Name of each group
     wordnet_ids: list|None = None # An id for each class
-    checksum: dict|None = None # File to 'sha256:...'
+    checksum: dict|None = None # File to 'sha256:...'; where none is given, `TensorDataSet` sums the pixels
     verified: bool = True # Are these the published files?
 
     def of(self, chosen):
@@ -347,6 +371,12 @@ class DataSet(Splits):
         return self._made(split, places.long(), augment, key)
 
 # %% ../../../nbs/lab/data/00_core.ipynb #1553deca
+def _sum_of(images, labels):
+    "Sum of the pixels and labels of a split, in their order."
+    pixels, classes = (sha256(part.cpu().contiguous().numpy()) for part in (images, labels.long()))
+    return listing_sum([f'pixels {tuple(images.shape)} {pixels}', f'labels {classes}'])
+
+
 class TensorDataSet(DataSet):
     "A data set whose images are one tensor of bytes a split, on the device."
     def __init__(self,
@@ -356,6 +386,8 @@ class TensorDataSet(DataSet):
         device='cpu', # Where images and labels are kept
     ):
         for split in images: _check_split(split, images[split], labels[split], len(facts.class_names))
+        if not facts.checksum:
+            facts = replace(facts, checksum={f'{s} pixels': _sum_of(images[s], labels[s]) for s in images})
         super().__init__(facts, labels, images['train'].shape[1:], device)
         self._images = {split: part.to(self.device) for split, part in images.items()}
 
@@ -397,13 +429,26 @@ class Size:
     classes: int # Number of classes C
     image_shape: tuple # (channels, height, width)
     held_out: int = 0 # Images set aside
+    smallest: tuple|None = field(default=None, repr=False, compare=False) # (train, test) of the smallest class
+
+    def most(self, split, classes=None):
+        "Largest number of images of a class, in 'train' or 'test', that can be asked for with so many classes in use."
+        whole = getattr(self, split)
+        if self.smallest is None: return whole//self.classes
+        return self.smallest[split == 'test'] if classes in (None, self.classes) else whole//classes
+
+    def _each(self, split, classes, what, asked):
+        if asked is None: return getattr(self, split)/self.classes
+        if check_number(what, asked, 1, integer=True) <= (most := self.most(split, classes)): return asked
+        raise Invalid(f'{what} is {asked}, but the {split} set has at most {most} for each of {classes} classes.')
 
     def of(self, options):
-        "The size of the part that options of a data set choose."
+        "The size of the part that options of a data set choose; `Invalid` where they ask for more than there is."
         asked, side, fraction = options.get('classes'), options.get('image_size'), options.get('held_out')
         classes = self.classes if asked is None else asked if isinstance(asked, int) else len(asked)
-        train = min(options.get('per_class') or self.train, self.train/self.classes)
-        test = min(options.get('test_per_class') or self.test, self.test/self.classes)
+        check_number('classes', classes, 1, self.classes, integer=True)
+        train = self._each('train', classes, 'per_class', options.get('per_class'))
+        test = self._each('test', classes, 'test_per_class', options.get('test_per_class'))
         held = min(max(1, round(fraction*train)), train - 1) if fraction else 0
         shape = (self.image_shape[0], side, side) if side else self.image_shape
         return Size(round(classes*(train - held)), round(classes*test), classes, shape, round(classes*held))
@@ -413,7 +458,10 @@ class Size:
 def _found(name, options):
     here = {'download': False} if 'download' in dataset.context(name) else {}
     data = dataset(name, **json.loads(options), **here)
-    return Size(*map(data.size, ('train', 'test')), data.num_classes, tuple(data.image_shape), data.size('held_out'))
+    train, test, held_out = map(data.size, ('train', 'test', 'held_out'))
+    smallest = tuple(int(data.labels(split).bincount(minlength=data.num_classes).min()) if data.size(split) else 0
+                     for split in ('train', 'test'))
+    return Size(train, test, data.num_classes, tuple(data.image_shape), held_out, smallest)
 
 
 def size_of(
@@ -425,13 +473,6 @@ def size_of(
     return known.of(options) if known else _found(name, json.dumps(dict(options), sort_keys=True))
 
 # %% ../../../nbs/lab/data/00_core.ipynb #900f5560
-def sha256(
-    content: bytes, # What a file holds
-)->str:
-    "The sum as it is recorded with every result."
-    return 'sha256:' + hashlib.sha256(content).hexdigest()
-
-
 def read_file(
     path, # A file of a data set
 )->bytes:
@@ -474,46 +515,78 @@ def fetch(
                        'and name it with root (in a run notebook: -p data_root FOLDER).') from error
 
 # %% ../../../nbs/lab/data/00_core.ipynb #e0468710
+def _turn_upright(image):
+    "Follow the EXIF orientation; where the EXIF data are damaged, nobody knows one, and the image stays as it is."
+    try: ImageOps.exif_transpose(image, in_place=True)
+    except Exception: return # whatever bytes in the EXIF data may lead to
+
+
+def _eight_bits(image):
+    "Grey values of 16 bits (Pillow's modes I;16 and I) divided by 257 and rounded; other images as they are."
+    if image.mode[0] not in 'IF': return image
+    values = np.asarray(image)
+    if image.mode == 'F' or not 0 <= values.min() <= values.max() <= 65535:
+        raise ValueError(f'its grey values, of mode {image.mode}, go beyond 16 bits and have no known scale')
+    return Image.fromarray(((values.astype(np.int64) + 128)//257).astype(np.uint8))
+
+
 def open_image(
     path, # An image file
     content: bytes|None=None, # What it holds, if it has been read already
     mode: str='RGB', # 'RGB', or 'L' for grey; other images are converted
 )->Image.Image:
-    "The decoded image; `Unusable` names a file that is missing or damaged."
+    """The decoded image, upright by its EXIF orientation (torchvision's own loaders do not follow it), in 8 bits;
+    `Unusable` names a file that is missing, damaged or not to be scaled to 8 bits."""
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image: return image.convert(mode)
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
+            image.load()
+            _turn_upright(image)
+            image.info.pop('transparency', None) # else a palette's would be announced as a warning
+            return _eight_bits(image).convert(mode)
     except FileNotFoundError as error: raise Unusable(f'{path} is missing.') from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = 'of no known kind' if isinstance(error, UnidentifiedImageError) else error
         raise Unusable(f'{path} is not a readable image ({reason}); replace it or remove it.') from error
 
 # %% ../../../nbs/lab/data/00_core.ipynb #409615e0
-def listing_sum(
-    lines, # One for each file: its name and what is known about it
-)->str:
-    "SHA-256 of the lines in sorted order, each ended by a newline."
-    return sha256(''.join(f'{line}\n' for line in sorted(lines)).encode())
+_ENDINGS = ('.jpeg', '.jpg', '.png', '.bmp', '.webp')
 
 
+def _entries(path, inside):
+    "What lies in a folder and counts; `inside` are the real paths of the folders that were entered, this one last."
+    try: found = [entry for entry in os.scandir(path) if not entry.name.startswith('.')]
+    except OSError as error: raise Unusable(f'{path} cannot be read ({error.strerror}).') from error
+    for entry in found:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            raise Unusable(f'{entry.path} is a link that leads nowhere; mend it or remove it.')
+        if entry.is_symlink() and entry.is_dir():
+            target = os.path.realpath(entry.path)
+            if any(Path(folder).is_relative_to(target) for folder in inside): continue
+        yield entry
+
+
+def _files_below(path, before='', inside=()):
+    "Names of all files below a folder, with the folders they lie in."
+    inside = (*inside, os.path.realpath(path))
+    for entry in _entries(path, inside):
+        if entry.is_dir(): yield from _files_below(entry.path, f'{before}{entry.name}/', inside)
+        elif entry.is_file(): yield before + entry.name
+
+# %% ../../../nbs/lab/data/00_core.ipynb #d7dce3f0
 def folders_in(
     path, # A folder with a folder for each class
+    need: str='it must hold a folder for each class', # What to do when there are none
 )->list[str]:
-    "Names of the folders in it, sorted; `Unusable` when there are none."
-    try: names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith('.'))
-    except OSError as error:
-        raise Unusable(f'{path} cannot be read ({error.strerror}); it must hold a folder for each class.') from error
+    "Names of the folders in it, sorted, links to folders among them; `Unusable` when there are none."
+    names = sorted(entry.name for entry in _entries(path, (os.path.realpath(path),)) if entry.is_dir())
     if names: return names
-    raise Unusable(f'{path} holds no folders; it must hold a folder for each class.')
+    raise Unusable(f'{path} has no class folders; {need}.')
 
 
 def images_in(
     path, # A folder of images
 )->list[str]:
-    "Names of the image files in it, sorted; `Unusable` when there are none."
-    try:
-        names = sorted(entry.name for entry in os.scandir(path)
-                       if entry.name.lower().endswith(('.jpeg', '.jpg', '.png')) and not entry.name.startswith('.'))
-    except OSError as error:
-        raise Unusable(f'{path} cannot be read ({error.strerror}); it must hold images.') from error
+    "Names of the image files below it, `folder/.../name`, sorted; `Unusable` when there are none."
+    names = sorted(name for name in _files_below(path) if name.lower().endswith(_ENDINGS))
     if names: return names
-    raise Unusable(f'{path} holds no JPEG or PNG images.')
+    raise Unusable(f"{path} holds no images; accepted: files that end in {', '.join(_ENDINGS)}.")

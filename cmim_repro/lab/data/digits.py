@@ -32,7 +32,7 @@ def _divided(images, labels):
     return {s: images[p] for s, p in parts.items()}, {s: labels[p] for s, p in parts.items()}
 
 # %% ../../../nbs/lab/data/01_digits.ipynb #901276e9
-@dataset.register('digits', size=Size(1_438, 359, 10, (1, 8, 8)),
+@dataset.register('digits', size=Size(1_438, 359, 10, (1, 8, 8), smallest=(139, 35)),
                   context=('root', 'allow_unverified', 'download', 'device'))
 def digits(
     classes=None, # None for all ten, a number for the first ones, or a list of indices or names ('zero', ...)

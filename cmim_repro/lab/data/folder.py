@@ -14,22 +14,10 @@ import torch
 from PIL import ImageOps
 
 from ...core import Invalid, Unusable, check_number, keyed_generator
-from .core import (Crop, Facts, Flip, TensorDataSet, dataset, listing_sum, open_image, read_file,
-                                      sha256)
+from .core import (Crop, Facts, Flip, TensorDataSet, dataset, images_in, listing_sum, open_image,
+                                      read_file, sha256)
 
 # %% ../../../nbs/lab/data/05_folder.ipynb #976f1500
-_ENDINGS = ('.jpeg', '.jpg', '.png', '.bmp', '.webp')
-
-
-def _image_files(folder):
-    "Paths below the folder, however deep, sorted."
-    if not Path(folder).is_dir(): raise Unusable(f'{folder} is not a folder; name one that holds images with path.')
-    files = [p for p in Path(folder).rglob('*') if p.suffix.lower() in _ENDINGS and p.is_file()]
-    found = sorted(p.relative_to(folder).as_posix() for p in files)
-    if found: return found
-    raise Unusable(f"{folder} holds no images; accepted: files that end in {', '.join(_ENDINGS)}.")
-
-
 def _fitted(path, shape):
     "(ch, H, W) bytes of one image, and the sum of its file."
     content = read_file(path)
@@ -52,9 +40,11 @@ def folder(
     if path is None: raise Invalid("The data set 'folder' needs the option 'path', a folder of images.")
     if len(image_shape) != 3 or image_shape[0] not in (1, 3):
         raise Invalid(f'image_shape is {image_shape}; it must be (1 or 3, height, width).')
-    names = _image_files(path)
+    if not Path(path).is_dir(): raise Unusable(f'{path} is not a folder; name one that holds images with path.')
+    names = images_in(path)
     if limit is not None:
-        check_number('limit', limit, 1, integer=True)
+        if check_number('limit', limit, 1, integer=True) > len(names):
+            raise Invalid(f'limit is {limit}, but {path} has only {len(names)} images.')
         order = torch.randperm(len(names), generator=keyed_generator(split_seed, 'folder'))[:limit]
         names = [names[i] for i in order.sort().values.tolist()]
     with ThreadPoolExecutor() as pool:

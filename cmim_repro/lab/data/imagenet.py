@@ -161,10 +161,8 @@ def _located(root):
 
 def _wnids(folder):
     "Names of the class folders, which must be those of both parts."
-    if not any(entry.is_dir() for entry in os.scandir(folder / 'val')):
-        raise Unusable(f"{folder / 'val'} has no class folders; arrange it with "
-                       f"torchvision.datasets.ImageNet({str(folder)!r}, 'val').")
-    train, val = folders_in(folder / 'train'), folders_in(folder / 'val')
+    train = folders_in(folder / 'train')
+    val = folders_in(folder / 'val', f"arrange it with torchvision.datasets.ImageNet({str(folder)!r}, 'val')")
     for odd in sorted(set(train) ^ set(val)):
         raise Unusable(f"{folder / ('val' if odd in train else 'train') / odd} is missing: "
                        'train and val must have the same class folders.')
@@ -208,7 +206,7 @@ def _files(folder, part, wnids, chosen):
     return np.array(names), torch.tensor(labels)
 
 
-@dataset.register('imagenet', size=Size(1_281_167, 50_000, 1000, (3, 224, 224)),
+@dataset.register('imagenet', size=Size(1_281_167, 50_000, 1000, (3, 224, 224), smallest=(732, 50)),
                   context=('root', 'allow_unverified', 'download', 'device', 'workers'))
 def imagenet(
     classes=None, # None for all, a number for the first ones, or a list of indices, names or WordNet ids

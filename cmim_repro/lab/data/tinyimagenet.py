@@ -72,8 +72,7 @@ def _classes(folder):
 # %% ../../../nbs/lab/data/03_tinyimagenet.ipynb #5f154419
 def _training_files(folder, wnids):
     "[(path below the folder, class)] of the training images."
-    return [(f'train/{wnid}/images/{name}', i) for i, wnid in enumerate(wnids)
-            for name in images_in(folder / 'train' / wnid / 'images')]
+    return [(f'train/{wnid}/{name}', i) for i, wnid in enumerate(wnids) for name in images_in(folder / 'train' / wnid)]
 
 
 def _validation_files(folder, wnids):
@@ -110,9 +109,12 @@ def _decode_all(folder, names):
     return images, listing_sum(f'{name} {total}' for name, total in zip(names, sums, strict=True))
 
 # %% ../../../nbs/lab/data/03_tinyimagenet.ipynb #2c80000d
+_DECODING = 'upright, 16 bits scaled' # what `open_image` does; a cache of other decoding is not read
+
+
 def _fingerprint(folder, names):
     facts = [(name, (status := os.stat(folder / name)).st_size, status.st_mtime_ns) for name in names]
-    return hashlib.sha256(json.dumps([str(folder.resolve()), facts]).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps([_DECODING, str(folder.resolve()), facts]).encode()).hexdigest()[:24]
 
 
 def _from_cache(path, count):
