@@ -1,5 +1,6 @@
 """The three centroid banks: exact after any sequence of batches, restored from a state, and the same in two processes as in one."""
 import math
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,9 @@ def test_memory_bank_is_exact_after_any_sequence(events, scale, seed):
             for i, row in zip(event, outputs, strict=True): latest[i] = row
             bank.observe(outputs, LABELS[event], torch.tensor(event))
     seen = ~latest[:, 0].isnan()
+    if not seen.any():
+        with pytest.raises(Invalid, match='The bank of centroids has no outputs'): bank.log_centroids.any()
+        return
     expected = centroids(latest[seen], LABELS[seen], powers)
     torch.testing.assert_close(bank.log_centroids.exp(), expected, rtol=1e-4, atol=1e-6)
     assert bank.counts.tolist() == torch.bincount(LABELS[seen], minlength=CLASSES).tolist()
@@ -68,11 +72,70 @@ def test_memory_bank_does_not_drift():
 def test_unseen_samples_and_classes_do_not_count():
     bank = MemoryBank(LABELS, CLASSES, N)
     bank.start_epoch(draw_powers(N))
-    torch.testing.assert_close(bank.log_centroids.exp(), torch.full((CLASSES, N, CLASSES), 1/CLASSES, dtype=torch.float64))
     outputs = torch.randn(2, CLASSES).log_softmax(-1)
     bank.observe(outputs, LABELS[:2], torch.arange(2))
     torch.testing.assert_close(bank.log_centroids.exp(), centroids(outputs, LABELS[:2], bank.powers), rtol=1e-5, atol=1e-7)
     assert bank.counts.tolist() == [1, 1, 0]
+
+
+def shown(bank, batch=2):
+    "The bank after a batch of outputs, in its own way."
+    outputs, indices = torch.randn(batch, CLASSES).log_softmax(-1), torch.arange(batch)
+    if isinstance(bank, ResampleBank): bank.replace([(outputs, LABELS[:batch])])
+    else: bank.observe(outputs, LABELS[:batch], indices)
+    return bank
+
+
+BANKS = {'batch': lambda: BatchBank(CLASSES, N), 'memory': lambda: MemoryBank(LABELS, CLASSES, N),
+         'resample': lambda: ResampleBank(LABELS, CLASSES, N, per_class=3)}
+
+
+def refuses(bank):
+    "Do rows and centroids name, in one sentence, what to call?"
+    for ask in (lambda: bank.rows(LABELS[:2], slice(0, N)), lambda: bank.log_centroids):
+        with pytest.raises(Invalid, match='The bank of centroids has no outputs for these powers: call start_epoch') as refusal: ask()
+        hook = 'before_step(forward, data, batch)' if isinstance(bank, ResampleBank) else 'observe(log_probs, labels, indices)'
+        assert hook in str(refusal.value) and '\n' not in str(refusal.value)
+    return True
+
+
+@pytest.mark.parametrize('kind', BANKS)
+def test_a_bank_without_outputs_or_powers_refuses(kind):
+    bank, powers = BANKS[kind](), draw_powers(N)
+    assert refuses(bank) and refuses(shown(bank)) # without powers, outputs are of no use
+    bank = BANKS[kind]()
+    bank.start_epoch(powers)
+    assert refuses(bank) and shown(bank).log_centroids.isfinite().all()
+    bank.start_epoch(powers/2)
+    if kind == 'memory': assert bank.log_centroids.isfinite().all() # its stored outputs are powered anew
+    else: assert refuses(bank)
+    bank.clear()
+    assert refuses(bank)
+    if kind != 'memory': assert refuses(shown(bank, batch=0))
+
+
+@pytest.mark.parametrize('kind', BANKS)
+def test_a_loaded_bank_knows_whether_it_was_shown_outputs(kind):
+    bank = BANKS[kind]()
+    bank.start_epoch(draw_powers(N))
+    empty, full = (BANKS[kind]() for _ in range(2))
+    full.start_epoch(draw_powers(N))
+    empty.load_state_dict(bank.state_dict())
+    shown(full).load_state_dict(bank.state_dict())
+    assert refuses(empty) and refuses(full)
+    empty.load_state_dict(shown(bank).state_dict())
+    assert empty.log_centroids.equal(bank.log_centroids) and deepcopy(bank).log_centroids.equal(bank.log_centroids)
+
+
+@pytest.mark.parametrize('kind', BANKS)
+def test_cmim_without_outputs_computes_nothing(kind):
+    "A loop without the hooks would train towards uniform outputs, and look like a success."
+    method = objective('cmim', centroids=kind, per_class=2, num_classes=CLASSES, train_labels=LABELS, seed=0)
+    with pytest.raises(Invalid, match='call start_epoch'): method(torch.randn(2, CLASSES), None, LABELS[:2])
+    assert shown(method.bank) and method(torch.randn(2, CLASSES), None, LABELS[:2]).isfinite()
+    method.start_epoch(1)
+    if kind != 'memory':
+        with pytest.raises(Invalid, match='call start_epoch'): method(torch.randn(2, CLASSES), None, LABELS[:2])
 
 
 @pytest.mark.parametrize('batch', [1, 2, 40])
@@ -102,6 +165,18 @@ def test_memory_bank_announces_its_size_and_refuses(capsys):
     with pytest.raises(Invalid, match='memory bank needs 3 MB on cpu, 2 MB allowed'): MemoryBank(labels, 10, 5, limit=2e6)
     # the whole of ImageNet many times over: refused before a byte is taken
     with pytest.raises(Invalid, match='MB free'): MemoryBank(torch.zeros(1, dtype=torch.long).expand(10**9), 1000, 50)
+
+
+def test_more_samples_than_the_smallest_class_has_are_refused():
+    "The fifth class is empty and does not count; the third has three."
+    labels = torch.cat([LABELS, torch.full((9,), 3)])
+    assert ResampleBank(labels, 5, N, per_class=3).draw(0)[1].bincount(minlength=5).tolist() == [3, 3, 3, 3, 0]
+    for per_class in (4, 100):
+        with pytest.raises(Invalid, match=rf'per_class\) is {per_class}, but class 2 has only 3 of them') as refusal:
+            objective('cmim', centroids='resample', per_class=per_class, num_classes=5, train_labels=labels)
+        assert '\n' not in str(refusal.value)
+    objective('cmim', centroids='memory', per_class=100, num_classes=5, train_labels=labels) # draws nothing
+    with pytest.raises(Invalid, match='has only 0 of them'): ResampleBank(labels[:0], 5, N, per_class=1)
 
 
 def test_resample_draws():

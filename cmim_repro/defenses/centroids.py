@@ -22,8 +22,13 @@ def _log_mean(sums, counts, dtype):
     return mean.clamp_(min=torch.finfo(dtype).tiny).log_()
 
 # %% ../../nbs/defenses/05_centroids.ipynb #cfea7aca
-class CentroidBank(nn.Module):
-    "Sums of power-transformed outputs and what follows from them; the banks differ in which outputs they count."
+def _look_at_counts(bank, _):
+    "After a state was loaded: does it hold powers and outputs?"
+    bank.started, bank.shown = bool(bank.powers.any()), bool(bank.counts.any())
+
+
+class _Sums(nn.Module):
+    "Sums of power-transformed outputs, by power and class; and whether there are powers and outputs."
     def __init__(self,
         num_classes: int, # C
         count: int, # Number of powers N
@@ -36,11 +41,14 @@ class CentroidBank(nn.Module):
         self.register_buffer('sums', zeros)
         self.register_buffer('counts', zeros.new_zeros(num_classes))
         self.register_buffer('powers', torch.zeros(count, device=device))
+        self.started = self.shown = False # Python flags: a look at the sums would wait for the device
+        self.register_load_state_dict_post_hook(_look_at_counts)
 
     def clear(self):
         "Forget all sums."
         self.sums.zero_()
         self.counts.zero_()
+        self.shown = False
 
     def start_epoch(self, powers):
         "Use these powers, (N,), from now on; the sums start anew."
@@ -48,18 +56,34 @@ class CentroidBank(nn.Module):
             raise Invalid(f'powers have shape {tuple(powers.shape)}; this bank is for {tuple(self.powers.shape)}.')
         self.powers.copy_(powers)
         self.clear()
+        self.started = True
+
+# %% ../../nbs/defenses/05_centroids.ipynb #7df49f19
+class CentroidBank(_Sums):
+    """What follows from sums of outputs; the banks differ in which outputs they count. One without powers or without
+    outputs refuses to compute (`Invalid`)."""
+    shown_by = 'observe(log_probs, labels, indices) before each loss' # for the message
 
     def before_step(self, forward, data, batch): "Nothing, unless the bank forwards images of its own."
     def observe(self, log_probs, labels, indices): "Nothing, unless the bank looks at the outputs of training."
 
+    def _ready(self):
+        if self.started and self.shown: return
+        raise Invalid('The bank of centroids has no outputs for these powers: call start_epoch(epoch) at each epoch '
+                      f'and {self.shown_by}, or train with cmim_repro.lab.training, which does both.')
+
     def rows(self, labels, part, dtype=torch.float32):
         "ln Q for samples of these classes (B,) and a slice of the powers, (n, B, C)."
+        self._ready()
         sums = self.sums[part]
         if len(labels) < len(self.counts): return _log_mean(sums.index_select(1, labels), self.counts[labels], dtype)
         return _log_mean(sums, self.counts, dtype).index_select(1, labels)
 
     @property
-    def log_centroids(self): return _log_mean(self.sums, self.counts, torch.float64).transpose(0, 1) # (C, N, C)
+    def log_centroids(self):
+        "ln Q of all classes and powers, (C, N, C)."
+        self._ready()
+        return _log_mean(self.sums, self.counts, torch.float64).transpose(0, 1)
 
 # %% ../../nbs/defenses/05_centroids.ipynb #d6bc89c1
 def _bounded(log_probs):
@@ -87,6 +111,7 @@ class BatchBank(CentroidBank):
         self.clear()
         self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
         _add(self, labels, lambda powers: _probs(log_probs, powers))
+        self.shown = len(labels) > 0
 
 # %% ../../nbs/defenses/05_centroids.ipynb #546f8784
 def memory_bank_bytes(
@@ -154,10 +179,13 @@ class MemoryBank(CentroidBank):
         self.sums.clamp_(min=0)
         self.counts.index_add_(0, labels, (counts & ~known).double())
         self.log_probs[indices], self.seen[indices] = log_probs[last], torch.ones_like(known)
+        self.shown = True
 
     def start_epoch(self, powers):
         "Use these powers, (N,), and rebuild the sums from the stored outputs."
+        shown = self.shown
         super().start_epoch(powers)
+        self.shown = shown # the stored outputs stay
         rows = self.seen.nonzero()[:, 0]
         self.counts.index_add_(0, self.labels[rows], torch.ones_like(rows, dtype=torch.float64))
         mine = rows[process_rank()::processes()] if processes() > 1 else rows
@@ -166,13 +194,22 @@ class MemoryBank(CentroidBank):
         sum_over_processes(self.sums)
 
 # %% ../../nbs/defenses/05_centroids.ipynb #69a8c8ab
+def _check_samples(per_class, members):
+    "Refuse more samples of a class than there are; a class without samples does not count."
+    fewest, smallest = min(((len(found), y) for y, found in enumerate(members) if len(found)), default=(0, 0))
+    if per_class <= fewest: return
+    raise Invalid(f'samples per class |B_y| (per_class) is {per_class}, but class {smallest} has only {fewest} of them '
+                  'for training.')
+
+# %% ../../nbs/defenses/05_centroids.ipynb #3554ecb0
 class ResampleBank(CentroidBank):
     "Centroids of |B_y| training samples of each class, drawn afresh (eq. 29)."
+    shown_by = 'before_step(forward, data, batch) before each step'
     def __init__(self,
         labels: Tensor, # Class of every training sample, (samples,)
         num_classes: int, # C
         count: int, # Number of powers N
-        per_class: int=8, # |B_y|; a smaller class gives all it has
+        per_class: int=8, # |B_y|, at most as many as the smallest class has; a class without samples is left out
         every: int=1, # Steps between two updates
         seed: int=0, # Of the draws
     ):
@@ -180,12 +217,13 @@ class ResampleBank(CentroidBank):
         self.per_class = check_number('samples per class |B_y|', per_class, 1, integer=True)
         self.every, self.seed = every, seed
         members = [(labels == y).nonzero()[:, 0].cpu() for y in range(num_classes)]
+        _check_samples(per_class, members)
         self.members = nn.utils.rnn.pad_sequence(members, batch_first=True, padding_value=-1)
 
     def draw(self, *key, classes=None):
         "Positions (M,) in the training set and classes (M,) of samples of all classes or those given; on the CPU."
         order = torch.rand(self.members.shape, generator=keyed_generator(*key)).masked_fill(self.members < 0, 2)
-        chosen = self.members.gather(1, order.topk(min(self.per_class, order.shape[1]), largest=False).indices)
+        chosen = self.members.gather(1, order.topk(self.per_class, largest=False).indices)
         wanted = chosen >= 0
         if classes is not None: wanted &= torch.isin(torch.arange(len(chosen)), classes.cpu())[:, None]
         return chosen[wanted], wanted.nonzero()[:, 0]
@@ -194,9 +232,11 @@ class ResampleBank(CentroidBank):
         "Centroids of these outputs alone: (log_probs (B, C), labels (B,)) of each batch of this process's share."
         self.clear()
         for log_probs, labels in batches:
+            self.shown = self.shown or len(labels) > 0
             self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float64))
             _add(self, labels, lambda powers, log_probs=_bounded(log_probs): _probs(log_probs, powers))
-        sum_over_processes(self.sums), sum_over_processes(self.counts)
+        for sums in (self.sums, self.counts): sum_over_processes(sums)
+        self.shown = self.shown or processes() > 1 # another process may have had all of them
 
     def before_step(self, forward, data, batch):
         "Every few steps: draw training images, take `forward(images)`, log-probabilities (B, C), and average anew."
