@@ -13,11 +13,13 @@ from cmim_repro.defenses.mad import angular_deviation, greedy_argmax_corner, poi
 quick = settings(max_examples=40, deadline=None)
 CHOICES = [('identity', {}), ('st', {}), ('st', {'ratio': .4}), ('rsp', {}), ('rsp', {'variant': 'authors'}), ('rsp', {'variant': 'paper'}),
            ('rsp', {'magnitude': 7.}), ('mad', {}), ('mad', {'oracle': 'extreme'}), ('mad', {'norm': 'l2', 'objmax': False}),
-           ('mad', {'optimiser': 'project', 'budget': .3}), ('apgp', {}), ('apgp', {'variant': 'paper'})]
+           ('mad', {'optimiser': 'project', 'budget': .3}), ('apgp', {}), ('apgp', {'variant': 'paper'}),
+           ('top1', {}), ('top1', {'epsilon': .3}), ('rounding', {}), ('rounding', {'digits': 1}), ('centroid', {}), ('shuffled', {}), ('uniform', {})]
 
 
 def made(name, options, classes):
-    facts = {'mad': {'num_classes': classes, 'image_shape': (1, 8, 8), 'surrogate': 'cnn_tiny'}, 'apgp': {'num_classes': classes, 'hidden': 8}}
+    facts = {'mad': {'num_classes': classes, 'image_shape': (1, 8, 8), 'surrogate': 'cnn_tiny'}, 'apgp': {'num_classes': classes, 'hidden': 8},
+             'centroid': {'num_classes': classes}, 'shuffled': {'num_classes': classes, 'image_shape': (1, 8, 8)}}
     return release(name, **options, **facts.get(name, {}))
 
 
@@ -58,7 +60,7 @@ def test_a_release_is_a_distribution_in_single_precision(name, options, log_prob
     is_distribution(answered, 1e-5)
 
 
-@pytest.mark.parametrize('name, options', [c for c in CHOICES if c[0] != 'mad' and c != ('rsp', {'variant': 'authors'})])
+@pytest.mark.parametrize('name, options', [c for c in CHOICES if c[0] not in ('mad', 'shuffled') and c != ('rsp', {'variant': 'authors'})])
 @quick
 @given(answers())
 def test_an_answer_does_not_depend_on_the_batch(name, options, log_probs):
@@ -117,7 +119,8 @@ def test_names_of_classes_do_not_matter_to_apgp(classes, rows, seed):
         torch.testing.assert_close(renamed(log_probs[:, order]), plain(log_probs)[:, order])
 
 
-KEEP_TOP = [('identity', {}), ('st', {}), ('st', {'ratio': .4}), ('mad', {}), ('mad', {'budget': 2.}), ('mad', {'norm': 'l2', 'objmax': False})]
+KEEP_TOP = [('identity', {}), ('st', {}), ('st', {'ratio': .4}), ('mad', {}), ('mad', {'budget': 2.}), ('mad', {'norm': 'l2', 'objmax': False}),
+            ('top1', {}), ('top1', {'epsilon': .3}), ('rounding', {}), ('rounding', {'digits': 1}), ('centroid', {}), ('shuffled', {})]
 
 
 @pytest.mark.parametrize('name, options', KEEP_TOP)
@@ -183,16 +186,17 @@ def test_stingy_keeps_the_largest(log_probs, ratio):
 
 
 @pytest.mark.parametrize('batch', [torch.zeros(0, 3), torch.zeros(3, 1), torch.zeros(3)])
-@pytest.mark.parametrize('name', ['identity', 'st', 'rsp', 'mad', 'apgp'])
+@pytest.mark.parametrize('name', ['identity', 'st', 'rsp', 'mad', 'apgp', 'top1', 'rounding', 'centroid', 'shuffled', 'uniform'])
 def test_bad_shapes_are_refused(name, batch):
     with pytest.raises(Invalid, match='log-probabilities have shape'): made(name, {}, 3)(batch, torch.zeros(3, 1, 8, 8))
 
 
 def test_every_defence_has_a_name_and_both_halves():
-    assert {'ce', 'ls', 'nt', 'snt', 'cmim', 'st', 'rsp', 'mad', 'apgp'} == set(defense_names())
+    releases = {'st', 'rsp', 'mad', 'apgp', 'top1', 'rounding', 'centroid', 'shuffled', 'uniform'}
+    assert {'ce', 'ls', 'nt', 'snt', 'cmim', *releases} <= set(defense_names())
     facts = {'num_classes': 4, 'image_shape': (3, 32, 32), 'seed': 0}
-    for name in ('ce', 'ls', 'nt', 'snt', 'st', 'rsp', 'mad', 'apgp'):
+    for name in ('ce', 'ls', 'nt', 'snt', *releases):
         one = defense(name)
-        assert one.releases == (name in ('st', 'rsp', 'mad', 'apgp')) and one == defense(name, **one.options)
+        assert one.releases == (name in releases) and one == defense(name, **one.options)
         one.make_objective(**facts), one.make_release(**facts)
     with pytest.raises(Invalid, match="Unknown defence 'none'; accepted: apgp, ce"): defense('none')

@@ -82,7 +82,8 @@ def answers_of(
     "The function images (B, channels, height, width) -> released log-probabilities (B, C) of a finished run."
     if run.kind == 'release':
         victim, method = answers_of(run.teacher, store, data, device), make_method(run, data).to(device)
-        if run.trains: method.load_state_dict(store.tensors(run, 'weights.safetensors', device))
+        if run.trains or hasattr(method, 'fit'):
+            method.load_state_dict(store.tensors(run, 'weights.safetensors', device))
         method.eval()
         return lambda images: method(victim(images), images)
     known = {'pretrained': False} if run.model_options.get('pretrained') else {} # the store has the weights
@@ -251,6 +252,9 @@ def _measure(run, store, data, device, splits, settings):
     agreed(lambda: store.start(run))
     if run.kind != 'release':
         agreed(lambda: store.save_tensors(run, 'weights.safetensors', make_network(run, data).state_dict()))
+    elif hasattr(method := make_method(run, data), 'fit'):
+        method.fit(released(answers_of(run.teacher, store, data, device), data, 'train'))
+        agreed(lambda: store.save_tensors(run, 'weights.safetensors', method.state_dict()))
     kept = _save_answers(run, store, data, device, splits)
     hits = {split: (kept[split].argmax(1) == data.labels(split).cpu()).double().mean().item() for split in splits}
     found = {'accuracy': hits['test'], 'best_accuracy': hits['test'], 'best_epoch': None,
