@@ -52,7 +52,7 @@ class GeneratorLoss(Loss):
         self.clip = clip if clip is None else check_number('clip', clip, 0, open_low=True)
 
     def loss(self, logits, teacher_log_probs, labels, epoch):
-        divergence = kl(teacher_log_probs, logits.log_softmax(-1))
+        divergence = kl(teacher_log_probs, logits.log_softmax(-1), check=False)
         if self.clip: divergence = divergence.clamp(max=self.clip)
         return F.cross_entropy(logits, labels) - self.weight * divergence.mean()
 

@@ -8,16 +8,16 @@ __all__ = ['COLUMNS', 'entries', 'draw', 'answer']
 # %% ../../nbs/run_table2.ipynb #d508907b
 from ..experiments.profiles import narrowed
 from ..report.formats import Table
-from ..report.models import about, gains, highest, model_entries, only_defenses, table_accuracy
+from ..report.models import about, gains, highest, model_entries, only_defenses, table_accuracy, tuning
 from ..report.statistics import Answer
 
 COLUMNS = ('ce', 'mad', 'apgp', 'rsp', 'st', 'nt', 'snt', 'ls', 'cmim') # the paper's, in its order
 
 
-def entries(profile, networks='', **asked)->list:
+def entries(profile, networks='', weights='', **asked)->list:
     "`Entry`s of the protected models of Table 2."
     chosen = about(narrowed(profile, **asked), 'Table 2', 'cifar100', 'tinyimagenet')
-    return model_entries(only_defenses(chosen, COLUMNS), networks=networks)
+    return model_entries(only_defenses(chosen, COLUMNS), networks=networks, weights=weights)
 
 # %% ../../nbs/run_table2.ipynb #96e50b58
 def draw(picked)->Table:

@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'entries', 'draw', 'answer']
 # %% ../../nbs/run_table6.ipynb #c17c7bcb
 from ..experiments.profiles import narrowed
 from ..report.formats import Table
-from ..report.models import about, always_gains, gains, model_entries, table_gains
+from ..report.models import about, always_gains, gains, model_entries, table_gains, tuning
 from ..report.statistics import Answer
 
 NETWORKS = {

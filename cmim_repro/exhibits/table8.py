@@ -15,7 +15,7 @@ import pandas as pd
 from ..experiments.profiles import narrowed
 from ..report.formats import Cell, Table, runs_cell
 from ..report.models import about
-from ..report.paper import label, paper_table
+from ..report.paper import label, our_label, paper_table
 from ..report.results import chosen, runs_of, student_entries, student_rows
 from ..report.statistics import Answer, agreement, judge
 
@@ -61,7 +61,7 @@ def draw(picked)->Table:
         ls = runs.pop('ls', {})
         rows.append(((*names, 'LS'), _seed_cells(ls, paper['ls'], seeds)))
         for c, found in runs.items():
-            rows.append(((*names, f'{label(c)} on {label(key[1])}'), _seed_cells(found, paper[c], seeds)))
+            rows.append(((*names, f'{our_label(c)} on {our_label(key[1])}'), _seed_cells(found, paper[c], seeds)))
             between = _seed_cells(_differences(found, ls), _differences(paper[c], paper['ls']), seeds)
             rows.append(((*names, 'difference'), between))
     return Table('Top-1 accuracy (%) of the student by seed: printed value | ours, mean ± sd (n)',
@@ -74,7 +74,7 @@ def _tested(who, key, runs, ls):
         v = judge({attack: values}, ls)
         row = v.table.loc[attack]
         found = {'numbers': who, 'data': label(key[0]), 'model': label(key[2]), 'student': label(key[3]),
-                 'difference': f'{label(attack)} - LS', 'n': int(row['n']), **row[['mean', 'sd', 'low', 'high']]}
+                 'difference': f'{our_label(attack)} - LS', 'n': int(row['n']), **row[['mean', 'sd', 'low', 'high']]}
         yield {**found, 't': row['mean']/row['sd']*math.sqrt(row['n']),
                'p (two-sided)': 2*min(row['p_up'], row['p_down']), 'verdict': v.verdict, 'why': v.reason}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'HOW', 'NARROWING', 'TOLD', 'notebook_of', 'declared', 'read_value', 'read_parameters', 'repeat_command',
-           'Asked', 'Given', 'tell', 'Planned', 'Published', 'Exhibit']
+           'Asked', 'Answered', 'Given', 'tell', 'Planned', 'Published', 'Exhibit']
 
 # %% ../../nbs/report/09_exhibit.ipynb #4ee9ae34
 import ast
@@ -32,7 +32,8 @@ from ..experiments.runs import Plan
 from ..experiments.store import Store
 from .figures import Picture, save_picture
 from .formats import Table, html_table, save_table
-from .paper import printed_table
+from .models import tuned
+from .paper import mark_note, our_label, printed_table, reconstructed
 from .paper_audit import findings
 from .results import chosen, provenance_note, results_frame, rule_note
 
@@ -119,6 +120,19 @@ def repeat_command(
         if key not in HOW and value != defaults[key]: words += ['-p', key, str(value)]
     return shlex.join(words)
 
+# %% ../../nbs/report/09_exhibit.ipynb #90edf93e
+def _add_processes(parameters, settings):
+    "Processes that train together are part of each run, so they go into the overrides."
+    count = torchrun_count(parameters.get('executor', ''), settings)
+    if count > 1: parameters['overrides'] = ', '.join(filter(None, [f'processes={count}', parameters['overrides']]))
+
+
+def _rules(parameters):
+    "How candidates are chosen, and which accuracy cells show."
+    if 'margin' in parameters: check_number('margin', parameters['margin'])
+    return (check_choice('selection', parameters.get('selection') or 'clean', ('clean', 'paper')),
+            check_choice('protocol', parameters.get('protocol', 'last'), ('last', 'best')))
+
 # %% ../../nbs/report/09_exhibit.ipynb #ab793ed1
 class Asked:
     "What the notebook of an exhibit was asked for."
@@ -136,12 +150,9 @@ class Asked:
         self.profile, self.store = find_profile(p['profile']), Store(p['store'] or None)
         self.settings = read_settings(p['device'], p['run_settings'])
         self.folder = Path(p['figures'] or project_root()/'figures'/self.profile.name)
-        if 'executor' in p and (together := torchrun_count(p['executor'], self.settings)) > 1:
-            p['overrides'] = ', '.join(filter(None, [f'processes={together}', p['overrides']]))
+        _add_processes(p, self.settings)
         self.command = repeat_command(name, self.profile.name, p, self.defaults)
-        self.protocol = check_choice('protocol', p.get('protocol', 'last'), ('last', 'best'))
-        self.selection = check_choice('selection', p.get('selection') or 'clean', ('clean', 'paper'))
-        if 'margin' in p: check_number('margin', p['margin'])
+        self.selection, self.protocol = _rules(p)
         self.number = int(found[0]) if (found := re.findall(r'\d+$', name)) else None
 
     @property
@@ -152,16 +163,22 @@ class Asked:
         p = self.parameters
         return load_data(run, p['data_root'] or None, p['allow_unverified'], self.settings.resolve())
 
+# %% ../../nbs/report/09_exhibit.ipynb #f1cee200
+class Answered(Asked):
+    "What the store has of it, with the candidates chosen, and where it comes from."
     @cached_property
     def frame(self): return results_frame(self.entries, self.store)
 
     @cached_property
-    def picked(self): return chosen(self.frame, self.selection, self.protocol)
+    def picked(self):
+        kept = tuned(self.frame, self.entries, self.store, self.selection)
+        return chosen(kept, self.selection, self.protocol)
 
     @property
     def note(self):
         "Where the numbers come from, and by which rules candidates are chosen and rows judged."
-        note, p = self.give(self._note), self.parameters
+        meaning = mark_note({e.defense for e in self.entries} | {e.column for e in self.entries})
+        note, p = f'{self.give(self._note)} {meaning}'.strip(), self.parameters
         if 'selection' not in p or not self.entries: return note
         return f"{note} {rule_note(self.entries, self.selection, self.protocol, p.get('margin'))}"
 
@@ -169,7 +186,7 @@ class Asked:
 NARROWING = ('seeds', 'data_sets', 'defenses', 'attacks', 'networks', 'variant', 'overrides')
 
 
-class Given(Asked):
+class Given(Answered):
     "Calls functions with what they ask for, by the names of their arguments."
     def asked(self,
         named, # Names of a function's own arguments
@@ -204,6 +221,14 @@ def tell(
     "Show something in the notebook and in the terminal that runs it."
     display({'text/plain': TOLD + text, 'text/html': page}, raw=True)
 
+# %% ../../nbs/report/09_exhibit.ipynb #a62ccb6f
+def _renew(plan, store):
+    "Set aside what other code has made, so that it is computed again."
+    outdated = [run for run in plan.runs if store.outdated(run)]
+    for run in outdated: store.set_aside(run)
+    text = f"{len(outdated)} runs of the store were made by other code than today's and are made again."
+    if outdated: tell(text, f'<p>{text}</p>')
+
 # %% ../../nbs/report/09_exhibit.ipynb #5ccdc3cf
 class Planned(Given):
     "Finds out what must be run, shows it, and has it computed."
@@ -215,7 +240,7 @@ class Planned(Given):
         "Find out what must be run, and show it."
         self.entries, self._note = self.give(entries), note
         plan = self._plan = Plan.of([e.run for e in self.entries]).check()
-        if self.parameters['renew'] and not self.plan_only: self._renew()
+        if self.parameters.get('renew') and not self.plan_only: _renew(plan, self.store)
         if describe:
             text = self.give(describe)
             return tell(text, f'<pre>{text}</pre>')
@@ -235,13 +260,6 @@ class Planned(Given):
                              allow_unverified=p['allow_unverified'], progress=log_progress())
         for sentence in complaints: tell(sentence, f'<p>{sentence}</p>')
 
-    def _renew(self):
-        "Set aside what other code has made, so that it is computed again."
-        outdated = [run for run in self._plan.runs if self.store.outdated(run)]
-        for run in outdated: self.store.set_aside(run)
-        text = f"{len(outdated)} runs of the store were made by other code than today's and are made again."
-        if outdated: tell(text, f'<p>{text}</p>')
-
     def do(self,
         function, # What else has to be done before the result can be shown
     ):
@@ -256,8 +274,12 @@ def _stems(name, found):
     return {stem(key): item for key, item in found.items()}
 
 
+def _mark(name): return our_label(name) if isinstance(name, str) and reconstructed(name) else name
+
+
 def _frame_html(frame):
     plain = list(frame.index.names) == [None]
+    frame = frame.map(_mark).rename(index=_mark, columns=_mark)
     return HTML(frame.to_html(index=not plain, border=0, na_rep='', float_format='{:.4g}'.format))
 
 
@@ -287,15 +309,17 @@ class Published(Planned):
         function, # Function that makes the result
         name: str='', # As for `write`
     ):
-        "Write what a function returns, without showing it."
+        "Write what a function returns, without showing it; the exhibit itself, so that the line can go on."
         if not self.plan_only: self.write(function, name)
+        return self
 
     def show(self,
-        function, # Function that makes the result
+        *functions, # Functions that make results, shown one below the other
         name: str='', # As for `write`
     ):
-        "Write what a function returns, and show it."
-        for item in [] if self.plan_only else self.write(function, name): display(_shown(item))
+        "Write what functions return, and show it."
+        for function in [] if self.plan_only else functions:
+            for item in self.write(function, name): display(_shown(item))
 
 # %% ../../nbs/report/09_exhibit.ipynb #893193de
 class Exhibit(Published):

@@ -13,7 +13,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader
 
 from ..core import Invalid, atomic_write, check_choice
-from .paper import label
+from .paper import mark_note, our_label
 
 # %% ../../nbs/report/04_formats.ipynb #abfb6016
 def _number(value):
@@ -95,6 +95,9 @@ class Table:
             if len(row[0]) != len(self.labels) or len(row[1]) != len(self.columns):
                 wanted = f'{len(self.labels)} and {len(self.columns)} are needed'
                 raise Invalid(f'The row {tuple(row[0])} has {len(row[0])} labels and {len(row[1])} cells; {wanted}.')
+        names = [self.title, *self.columns, *(text for row in self.rows if not isinstance(row, str) for text in row[0])]
+        meaning = mark_note(names)
+        if meaning not in self.note: object.__setattr__(self, 'note', f'{self.note} {meaning}'.strip())
 
     def sparse(self):
         "Rows with the labels left out that repeat those above."
@@ -125,8 +128,9 @@ def to_frame(
     for row in table.rows:
         if isinstance(row, str): section = row; continue
         for column, cell in zip(table.columns, row[1], strict=True):
+            marks = {'reconstruction': True} if mark_note([*row[0], column]) else {}
             lines.append({'section': section, **dict(zip(table.labels, row[0], strict=True)), 'column': column,
-                          **_fields(cell)})
+                          **_fields(cell), **marks})
     return pd.DataFrame(lines).astype(object)
 
 
@@ -144,11 +148,11 @@ def to_markdown(
     table, # A `Table`
 )->str:
     "The table as GitHub Markdown, with the paper's labels."
-    heads = [*table.labels, *map(label, table.columns)]
+    heads = [*table.labels, *map(our_label, table.columns)]
     lines = [_md_row(heads), '|' + ' --- |' * len(table.labels) + ' ---: |' * len(table.columns)]
     for row in table.sparse():
-        if isinstance(row, str): texts = [f'**{label(row)}**', *[''] * (len(heads) - 1)]
-        else: texts = [*map(label, row[0]), *map(cell_text, row[1])]
+        if isinstance(row, str): texts = [f'**{our_label(row)}**', *[''] * (len(heads) - 1)]
+        else: texts = [*map(our_label, row[0]), *map(cell_text, row[1])]
         lines.append(_md_row(texts))
     return '\n'.join([f'**{table.title}**', '', *lines, *(['', table.note] if table.note else []), ''])
 
@@ -159,7 +163,7 @@ _TEX = {'\\': r'\textbackslash{}', '&': r'\&', '%': r'\%', '$': r'\$', '#': r'\#
         '↑': r'$\uparrow$', '↓': r'$\downarrow$',
         '→': r'$\rightarrow$', 'α': r'$\alpha$', 'β': r'$\beta$', 'ε': r'$\epsilon$', 'λ': r'$\lambda$',
         'ω': r'$\omega$', '²': r'$^2$',
-        '–': '--', '`': r'\`{}'}
+        '–': '--', '`': r'\`{}', '†': r'$\dagger$'}
 _TEX_ARROWS = {'': '', 'up': r'\textcolor{green!55!black}{$\uparrow$}',
                'down': r'\textcolor{red!75!black}{$\downarrow$}'}
 PACKAGES = ('booktabs', 'xcolor', 'graphicx', 'rotating')
@@ -181,11 +185,11 @@ def _tex_rows(table):
     for i, row in enumerate(table.sparse()):
         if isinstance(row, str):
             if i: yield r'\midrule'
-            yield rf'\multicolumn{{{width}}}{{c}}{{{_tex(label(row))}}} \\'
+            yield rf'\multicolumn{{{width}}}{{c}}{{{_tex(our_label(row))}}} \\'
             yield r'\midrule'
         else:
             if i and row[0][0] and not isinstance(table.rows[i - 1], str): yield rf'\cmidrule{{1-{width}}}'
-            yield ' & '.join([*(_tex(label(text)) for text in row[0]), *map(_tex_cell, row[1])]) + r' \\'
+            yield ' & '.join([*(_tex(our_label(text)) for text in row[0]), *map(_tex_cell, row[1])]) + r' \\'
 
 # %% ../../nbs/report/04_formats.ipynb #aae66322
 def _pages(table):
@@ -203,7 +207,7 @@ def _pages(table):
 def _tex_float(table, heading, note):
     form = 'l' * len(table.labels) + 'r' * len(table.columns)
     kind = 'table' if len(table.columns) <= _UPRIGHT else 'sidewaystable'
-    heads = [*map(_tex, table.labels), *(_tex(label(column)) for column in table.columns)]
+    heads = [*map(_tex, table.labels), *(_tex(our_label(column)) for column in table.columns)]
     return [rf'\begin{{{kind}}}', r'\centering', *heading, r'\renewcommand{\arraystretch}{1.2}',
             r'\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%',
             rf'\begin{{tabular}}{{{form}}}', r'\toprule', ' & '.join(heads) + r' \\', r'\midrule', *_tex_rows(table),
@@ -226,7 +230,7 @@ def to_latex(
 
 # %% ../../nbs/report/04_formats.ipynb #299215f3
 _TEMPLATES = Environment(loader=PackageLoader('cmim_repro.report'), autoescape=True)
-_TEMPLATES.globals.update(label=label, value=_value, ours=_ours)
+_TEMPLATES.globals.update(label=our_label, value=_value, ours=_ours)
 
 
 def render(
@@ -256,9 +260,9 @@ def to_text(
 )->str:
     "The table in aligned columns, with the paper's labels."
     lines = [row for row in table.rows if not isinstance(row, str)]
-    index = pd.MultiIndex.from_tuples([tuple(map(label, names)) for names, _ in lines], names=table.labels)
+    index = pd.MultiIndex.from_tuples([tuple(map(our_label, names)) for names, _ in lines], names=table.labels)
     cells = [list(map(cell_text, row)) for _, row in lines]
-    frame = pd.DataFrame(cells, index, [label(c) for c in table.columns])
+    frame = pd.DataFrame(cells, index, [our_label(c) for c in table.columns])
     return '\n'.join([table.title, '', frame.to_string(), '', table.note, ''])
 
 # %% ../../nbs/report/04_formats.ipynb #4e617c48

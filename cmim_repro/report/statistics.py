@@ -219,7 +219,7 @@ def chance_to_decide(
     down = (t < -stats.t.ppf(1 - level, n - 1)).all(1) & (d.shape[1] == attacks)
     return float(np.mean(up | down))
 
-
+# %% ../../nbs/report/02_statistics.ipynb #ac42c9cb
 def seeds_to_decide(
     students, # Attack to {seed: accuracy of the knockoff student}, in per cent
     ls, # {seed: accuracy of the LS student}, in per cent

@@ -21,7 +21,7 @@ from ..experiments.profiles import smoothed
 from ..experiments.runs import victim_of
 from .figures import Picture, sweep_figure
 from .models import on_cifar100
-from .paper import label
+from .paper import label, our_label
 from .results import by_seed, chosen, results_frame
 from .statistics import Answer, agreement, gain
 from ..theory.cmi import cmi_curve
@@ -178,7 +178,7 @@ def sweep_pictures(
     reference = ls_reference(entries, store, selection, protocol)
     for key, part in frame.groupby(PLACE, sort=False) if len(frame) else ():
         data, teacher, student, attack = key
-        title = f'{label(teacher)} → {label(student)} by {label(attack)}, {label(data)}'
+        title = f'{label(teacher)} → {label(student)} by {our_label(attack)}, {label(data)}'
         results = sweep_results(part, study.option)
         pictures[key] = Picture(sweep_figure(results, study.symbol, reference.get((data, student)), title), part)
     return pictures
