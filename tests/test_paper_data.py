@@ -141,6 +141,7 @@ DISAGREEMENTS = {
     'caption': ('Table 9', 'caption', 'settings', {'name': 'caption models'}, 'value', 'RN50 VGG16'),
     'range below noise': ('Table 10', 'range', 'table10', {'omega': '1'}, 'value', '73.65'),
     'two minima': ('Table 10', 'minimum', 'table10', {'omega': '25'}, 'value', '72.52'),
+    'omega above the LS student': ('Tables 1, 10', 'above the LS student', 'table10', {'omega': '2'}, 'value', '72.60'),
     'overflow': ('Table 10', 'NaN', 'table10', {'omega': '40'}, 'value', '72.53'),
     'a fall called significant': ('Table 10, Figure 4', 'significant fall', 'table10', {'omega': '1'}, 'value', '70.65'),
     'a fall called negative': ('Table 10, Figure 5', 'sign of an effect', 'settings', {'name': 'effect of N'}, 'value', 'positive'),
@@ -152,6 +153,7 @@ DISAGREEMENTS = {
     'decay of the learning rate': ('Text', 'learning rate decay', 'settings', {'name': 'learning rate decay', 'place': 'Appendix G'}, 'value', '0.2'),
     'T': ('Text', 'T', 'settings', {'name': 'T', 'place': 'Appendix G on CMIM'}, 'value', '200'),
     'repositories': ('Text', 'repository', 'settings', {'name': 'repository', 'place': 'Abstract'}, 'value', 'CMIM-605C'),
+    'smoothing without a reference': ('Table 1, Appendix C', 'label smoothing', 'settings', {'name': 'smoothing and student'}, 'value', 'unknown'),
     'power of the simplex': ('Figure 2', 'power of Figure 2', 'settings', {'name': 'power of Figure 2'}, 'value', '0.25'),
     'gradient and power': ('Appendix J', 'gradient and power', 'settings', {'name': 'gradient and power'}, 'value', 'scaled')}
 

@@ -1,6 +1,7 @@
 """Whatever is registered works: every attack, training method, release, network and data set, without a list of names."""
 import inspect
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from cmim_repro.report.paper import label
 B, C = 12, 6
 LABELS = torch.arange(B) % C
 FACTS = {'num_classes': C, 'seed': 0, 'image_shape': (1, 8, 8), 'class_names': [f'class {i}' for i in range(C)],
-         'superclasses': [i // 2 for i in range(C)], 'wordnet_ids': None, 'train_labels': LABELS}
+         'superclasses': [i // 2 for i in range(C)], 'wordnet_ids': None, 'train_labels': torch.arange(8*C) % C}
+
+IMAGES = SimpleNamespace(take=lambda split, indices, augment, key: indices) # the network of the test looks its answers up
 
 
 def every(registry):
@@ -37,8 +40,10 @@ def scores(key): return 2*torch.randn(B, C, generator=torch.Generator().manual_s
     pytest.param(registry, *param.values, id=param.id) for registry in (attack, objective) for param in every(registry)])
 def test_a_loss_is_a_finite_number_with_a_finite_gradient(registry, name, variant):
     loss, logits = made(registry, name, variant), scores(0).requires_grad_()
+    batch = SimpleNamespace(labels=LABELS, indices=torch.arange(B), epoch=0, step=0, seed=0, shares=(), augment='none')
     assert isinstance(loss, Loss)
     loss.start_epoch(0)
+    loss.before_step(lambda images: scores(2)[images % B].log_softmax(1), IMAGES, batch)
     loss.observe(logits.detach().log_softmax(1), LABELS, torch.arange(B))
     value = loss(logits, scores(1).log_softmax(1) if loss.needs_teacher else None, LABELS, epoch=3)
     value.backward()

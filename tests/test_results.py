@@ -86,5 +86,5 @@ def test_resampled_images_are_augmented_as_those_of_training(augment):
 
     labels = torch.arange(6) % 3
     batch = Batch(torch.zeros(6, 1, 2, 2), labels, torch.arange(6), None, 0, 0, 0, augment=augment)
-    ResampleBank(labels, 3, 2).before_step(lambda images: torch.zeros(len(images), 3).log_softmax(1), Data(), batch)
+    ResampleBank(labels, 3, 2, per_class=2).before_step(lambda images: torch.zeros(len(images), 3).log_softmax(1), Data(), batch)
     assert asked == [augment]

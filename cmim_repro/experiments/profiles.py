@@ -17,7 +17,7 @@ from ..attacks.core import attack
 from ..core import Invalid, check_choice, check_number
 from ..defenses.core import objective, release
 from .runs import Run, kind_of, make_run, registry_of
-from .tasks import CHOICES, Task, data_sets as known_data_sets, task_for
+from .tasks import CHOICES, SLOW, Task, data_sets as known_data_sets, task_for
 from ..lab.data.core import dataset
 from ..lab.models.core import model
 from ..lab.training import Recipe, override
@@ -331,11 +331,9 @@ def readings()->pd.DataFrame:
     for method in sorted({*attack.names(), *objective.names(), *release.names()}):
         chosen = {reading: _options_as(reading, method) for reading in columns}
         for option in chosen['recommended']: rows[method, option] = [chosen[reading][option] for reading in columns]
-    recipes = {name: {**vars(recipe), **{f'lr of {network}': change['lr'] for network, change in slow.items()}}
-               for name, (recipe, slow) in CHOICES.items()}
-    for name, value in recipes['authors'].items():
-        literal = recipes['paper'].get(name, recipes['paper']['lr'])
-        rows['recipe', name] = [value, literal, value]
+    authors, paper = (CHOICES[reading][0] for reading in ('authors', 'paper'))
+    for name, value in vars(authors).items(): rows['recipe', name] = [value, getattr(paper, name), value]
+    for network, change in SLOW.items(): rows['recipe', f'lr of {network}'] = [change['lr'], paper.lr, change['lr']]
     table = pd.DataFrame.from_dict(rows, orient='index', columns=columns)
     table.index = pd.MultiIndex.from_tuples(table.index, names=('method', 'option'))
     return table[table.nunique(axis=1, dropna=False) > 1]

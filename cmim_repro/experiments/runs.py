@@ -17,10 +17,11 @@ from functools import cached_property
 import torch
 
 from ..attacks.core import attack
+from ..attacks.knockoff import choose_queries
 from ..attacks.scm import mixture
 from ..core import Invalid, check_choice, check_number
 from ..defenses.core import objective, release
-from ..lab.data.core import dataset
+from ..lab.data.core import dataset, size_of
 from ..lab.models.core import model
 from ..lab.training import Recipe
 
@@ -206,7 +207,7 @@ def chain_answers(
 
 # %% ../../nbs/experiments/01_runs.ipynb #09c055e5
 _PRETENDED = {'num_classes': 4, 'seed': 0, 'image_shape': (3, 32, 32), 'class_names': ['a', 'b', 'c', 'd'],
-              'superclasses': [0, 0, 1, 1], 'wordnet_ids': None, 'train_labels': torch.arange(8) % 4}
+              'superclasses': [0, 0, 1, 1], 'wordnet_ids': None, 'train_labels': torch.arange(20_000) % 4}
 
 
 def check_options(
@@ -218,6 +219,8 @@ def check_options(
     registry = registry_of(run.method)
     facts = {name: value for name, value in _PRETENDED.items() if name in registry.context(run.method)}
     registry(run.method, **run.options, **facts)
+    if run.options.get('transfer') == 'train' and run.options['budget']:
+        choose_queries(size_of(run.data, run.data_options).train, run.options['budget'])
     if run.method == 'scm' and len(earlier_stages(run)) != run.options['stages'] - 1:
         raise Invalid(f"{run.name} is stage {run.options['stages']} of a chain, but its teacher is not the stage "
                       "before it; make_run builds the chain.")

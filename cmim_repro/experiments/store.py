@@ -166,6 +166,11 @@ class StoredRuns:
         "Is there nothing more to do for this run?"
         return self.result(run) is not None or self.diverged(run) is not None
 
+    def outdated(self, run:Run)->bool:
+        "Is the finished run's result made by other code than today's?"
+        found = self.result(run) or self.diverged(run)
+        return found is not None and found.get('code') != code_digest(run)
+
     def metrics(self, run:Run)->list:
         "The lines of metrics.jsonl, one for each finished epoch."
         path = self.folder(run)/'metrics.jsonl'
@@ -231,12 +236,5 @@ class Store(StoredTensors):
 
     def set_aside(self, run:Run):
         "Move what there is of a run below `set_aside`, so that it is made again; nothing is deleted."
-        place, number = self.root/'set_aside', 1
-        while (place/f'{run.name}-{number}').exists(): number += 1
-        place.mkdir(exist_ok=True)
-        if self.folder(run).exists(): os.replace(self.folder(run), place/f'{run.name}-{number}')
-
-    def outdated(self, run:Run)->bool:
-        "Is the finished run's result made by other code than today's?"
-        found = self.result(run) or self.diverged(run)
-        return found is not None and found.get('code') != code_digest(run)
+        number = len(list(self.root.glob(f'set_aside/{run.name}-*'))) + 1
+        if self.folder(run).exists(): os.renames(self.folder(run), self.root/'set_aside'/f'{run.name}-{number}')

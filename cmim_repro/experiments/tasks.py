@@ -127,11 +127,14 @@ SMALL_RECIPES = {'knockoff': {'momentum': .5, 'weight_decay': 0., 'augment': 'no
 
 # %% ../../nbs/experiments/02_tasks.ipynb #531d62ce
 def _part(data, **wanted):
-    "Options for a part of a data set: at most 20 classes, and those of the wanted ones that it has."
+    "Options for a part of a data set: those of the wanted ones that it has; at most 20 classes and its own images."
     accepted = dataset.options(data)
     if 'classes' in accepted and size_of(data, {}).classes > 20:
         wanted['classes'] = list(MINI_CLASSES) if data == 'cifar100' else 20
-    return {name: value for name, value in wanted.items() if name in accepted}
+    part = {name: value for name, value in wanted.items() if name in accepted}
+    for name, split in {'per_class': 'train', 'test_per_class': 'test'}.items():
+        if name in part: part[name] = max(1, min(part[name], size_of(data, {}).most(split)))
+    return part
 
 
 def mini_task(data, pairs=()):

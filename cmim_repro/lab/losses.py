@@ -12,14 +12,38 @@ from torch import Tensor, nn
 from ..core import Invalid, check_batch, check_labels, check_log_probs, full_precision
 
 # %% ../../nbs/lab/02_losses.ipynb #28f96b54
-class Loss(nn.Module):
-    "What training minimises; a method writes `loss`, and those hooks that it needs."
+class _Checked(nn.Module):
+    "What a loss needs, and the refusal of what is missing or is not what it is called."
     needs_teacher = False # Does it want the log-probabilities of another network?
     needs_labels = True # Must the labels be there?
     needs_epoch = False # Must the epoch be there, because the loss changes with it?
     sums_over_processes = False # Does it want this process's rows alone, because it adds up sums itself?
     values_checked = False # Set by the training loop after its first batch: from then on only shapes are checked
 
+    def check_values(self, logits, teacher_log_probs, labels):
+        "Refuse answers that are no log-distributions and labels that are no classes; waits for the device."
+        if self.needs_teacher: check_log_probs(teacher_log_probs, 'teacher_log_probs')
+        if self.needs_labels: check_labels(labels, logits.shape[1])
+
+    def _check_present(self, logits, labels, epoch):
+        name = type(self).__name__
+        if self.needs_labels and labels is None:
+            raise Invalid(f'{name} has no labels; it must be given whole numbers of shape ({len(logits)},).')
+        if self.needs_epoch and epoch is None:
+            raise Invalid(f'{name} has no epoch; its weight grows with the epochs, so give its number, from 0.')
+
+    def _answers(self, logits, teacher_log_probs):
+        name, expected = type(self).__name__, tuple(logits.shape)
+        if teacher_log_probs is None:
+            raise Invalid(f'{name} has no teacher_log_probs; '
+                          f"it must be given another network's answers, shape {expected}.")
+        if teacher_log_probs.shape == logits.shape: return teacher_log_probs.detach().to(logits.dtype)
+        found = tuple(teacher_log_probs.shape)
+        raise Invalid(f'teacher_log_probs have shape {found}; it must be that of logits, {expected}.')
+
+# %% ../../nbs/lab/02_losses.ipynb #19955c95
+class Loss(_Checked):
+    "What training minimises; a method writes `loss`, and those hooks that it needs."
     def loss(self, logits, teacher_log_probs, labels, epoch):
         "A scalar in nats, from checked arguments in full precision."
         raise NotImplementedError
@@ -37,29 +61,11 @@ class Loss(nn.Module):
     )->Tensor:
         "The loss, a scalar in nats."
         check_batch(logits, labels)
-        name = type(self).__name__
-        if self.needs_labels and labels is None:
-            raise Invalid(f'{name} has no labels; it must be given whole numbers of shape ({len(logits)},).')
-        if self.needs_epoch and epoch is None:
-            raise Invalid(f'{name} has no epoch; its weight grows with the epochs, so give its number, from 0.')
+        self._check_present(logits, labels, epoch)
         logits = full_precision(logits)
         answers = self._answers(logits, teacher_log_probs) if self.needs_teacher else None
         if not self.values_checked: self.check_values(logits, answers, labels)
         with torch.autocast(logits.device.type, enabled=False): return self.loss(logits, answers, labels, epoch)
-
-    def check_values(self, logits, teacher_log_probs, labels):
-        "Refuse answers that are no log-distributions and labels that are no classes; waits for the device."
-        if self.needs_teacher: check_log_probs(teacher_log_probs, 'teacher_log_probs')
-        if self.needs_labels: check_labels(labels, logits.shape[1])
-
-    def _answers(self, logits, teacher_log_probs):
-        name, expected = type(self).__name__, tuple(logits.shape)
-        if teacher_log_probs is None:
-            raise Invalid(f'{name} has no teacher_log_probs; '
-                          f"it must be given another network's answers, shape {expected}.")
-        if teacher_log_probs.shape == logits.shape: return teacher_log_probs.detach().to(logits.dtype)
-        found = tuple(teacher_log_probs.shape)
-        raise Invalid(f'teacher_log_probs have shape {found}; it must be that of logits, {expected}.')
 
 # %% ../../nbs/lab/02_losses.ipynb #1d650d59
 REDUCTIONS = ['batchmean', 'elemmean']
