@@ -368,7 +368,7 @@ def ablation_minimum():
                      f'The minimum {done.min():.2f} is at omega {places} (the text: {said}), with {others} between.',
                      done.min(), *lowest, *between)
 
-
+# %% ../../nbs/report/05_paper_audit.ipynb #3a541a8c
 def ablation_distillable():
     "Values of omega at which Table 10's student is above the LS student: distillable by the paper's own rule."
     ls = printed(1, data_set='cifar100', defense='cmim', teacher='vgg16', student='shufflenetv2', attack='ls')
