@@ -60,6 +60,12 @@ def test_a_loss_says_what_is_missing(registry, name):
             loss(scores(0), scores(1).log_softmax(1) if loss.needs_teacher else None, None, epoch=0)
 
 
+@pytest.mark.parametrize('registry, name', [pytest.param(r, n, id=f'{r.what}-{n}') for r in (attack, objective, release) for n in r.names()])
+def test_a_method_without_the_facts_of_its_task_works_or_names_what_is_missing(registry, name):
+    try: registry(name)
+    except Invalid as error: assert any(fact in str(error) for fact in registry.context(name)), error
+
+
 @pytest.mark.parametrize('name, variant', every(release))
 def test_a_release_answers_with_distributions(name, variant):
     made_release = made(release, name, variant).eval()

@@ -67,13 +67,13 @@ REBUILT = [{'form': 'rebuilt', 'kappa': k, 'weight': w} for k, w in [(.5, .5), (
 class Amplified(KD):
     "Learns from the residuals within a class at unit size; of this project, no publication is known. In nats."
     def __init__(self,
-        num_classes: int, # C
         form: str='residual', # On top of a smoothed label, or `rebuilt`: an answer, which is handed to KD
         kappa: float=1., # Size of the residual in the target, in nats, from 0
         epsilon: float=.1, # residual: smoothing of the label, between 0 and 1
         mean_scale: float=1., # rebuilt: factor of the class mean, from 0
         weight: float=.9, # rebuilt: of KD's soft term; the cross-entropy has the rest
         temperature: float=4., # rebuilt: KD's T
+        num_classes: int|None=None, # C
     ):
         super().__init__(weight, temperature)
         self.form, self.kappa = check_choice('form', form, FORMS), check_number('kappa', kappa, 0)
