@@ -104,7 +104,7 @@ def paper_task(
     data: str, # Name of a data set
     pairs=(), # Pairs of networks; empty means the paper's, or `networks_for` its images
 )->Task:
-    "A data set in the paper's configuration."
+    "A data set in the paper's sizes; where the text is silent or literal readings fail, what is recommended."
     pairs = tuple(pairs) or PAPER_PAIRS.get(data) or (networks_for(size_of(data, {}).image_shape),)
     large = data == 'imagenet' or pairs[0][0].startswith('imagenet_')
     recipe, changes = RECIPES['imagenet' if large else 'authors'], _MOBILENET if large else SLOW
