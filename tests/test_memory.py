@@ -55,7 +55,7 @@ def test_imagenets_term_stays_within_two_gigabytes(kind, monkeypatch):
     labels, z = torch.arange(samples) % C, torch.randn(B, C, requires_grad=True)
     fresh = [(torch.randn(B, C).log_softmax(-1), labels[:B])]
     with Live() as live:
-        method = objective('cmim', count=count, centroids=kind, num_classes=C, train_labels=labels, seed=0)
+        method = objective('cmim', count=count, centroids=kind, per_class=4, num_classes=C, train_labels=labels, seed=0)
         indices = torch.randperm(samples)[:B]
         for epoch in range(2 if kind == 'memory' else 1):
             method.start_epoch(epoch)
