@@ -75,6 +75,12 @@ def test_a_release_answers_with_distributions(name, variant):
     assert torch.allclose(answers.exp().sum(1), torch.ones(B), atol=1e-5)
 
 
+@pytest.mark.parametrize('name', release.names())
+def test_a_release_says_that_it_is_fitted(name):
+    "Execution goes by the note."
+    assert bool(release.note(name, 'fitted')) == hasattr(release.entry(name), 'fit')
+
+
 def shape_for(name):
     "Images that the network takes."
     for shape in ((3, 32, 32), (3, 64, 64), (3, 224, 224), (1, 8, 8)):

@@ -171,17 +171,23 @@ def _check_taken(tasks, overrides):
 _READINGS = {'paper': ('paper',), 'authors': ('authors', 'paper')} # where a method has no such variant, the next one
 
 
+def _variant_in(reading, method):
+    "Name of the variant of a method that a reading takes, and the options that it sets."
+    known = registry_of(method).variants(method)
+    name = next((name for name in _READINGS.get(reading, ()) if name in known), 'recommended')
+    return name, known[name]
+
+
 def _with_reading(task, reading):
     "The task with one reading of every method, and of the recipe where there is a choice."
-    variants = _READINGS[check_choice('variant', reading, _READINGS)]
+    check_choice('variant', reading, _READINGS)
     if task.choices: task = _with_recipe(task, reading)
     options = {}
     for method in sorted({*attack.names(), *objective.names(), *release.names()}):
-        known = registry_of(method).variants(method)
-        variant = next((name for name in variants if name in known), 'recommended')
+        variant, own = _variant_in(reading, method)
         settings = {'*': {}, **task.options.get(method, {})}
         for network, given in settings.items(): # what the variant itself sets, the task does not
-            settings[network] = {k: v for k, v in given.items() if k not in ('variant', *known[variant])}
+            settings[network] = {k: v for k, v in given.items() if k not in ('variant', *own)}
         options[method] = {**settings, '*': {**settings['*'], 'variant': variant}}
     return replace(task, options=options)
 
@@ -318,19 +324,13 @@ def candidates(
     return list(found.values())
 
 # %% ../../nbs/experiments/03_profiles.ipynb #208ef51d
-def _options_as(reading, method):
-    "All options of a method in a reading."
-    registry = registry_of(method)
-    known = registry.variants(method)
-    return registry.options(method, next((v for v in _READINGS.get(reading, ()) if v in known), 'recommended'))
-
-
 def readings()->pd.DataFrame:
     "One line for each option and number of the recipe that the readings set differently: recommended, paper, authors."
     columns, rows = ('recommended', *_READINGS), {}
     for method in sorted({*attack.names(), *objective.names(), *release.names()}):
-        chosen = {reading: _options_as(reading, method) for reading in columns}
-        for option in chosen['recommended']: rows[method, option] = [chosen[reading][option] for reading in columns]
+        variants = [_variant_in(reading, method)[0] for reading in columns]
+        chosen = [registry_of(method).options(method, variant) for variant in variants]
+        for option in chosen[0]: rows[method, option] = [options[option] for options in chosen]
     authors, paper = (CHOICES[reading][0] for reading in ('authors', 'paper'))
     for name, value in vars(authors).items(): rows['recipe', name] = [value, getattr(paper, name), value]
     for network, change in SLOW.items(): rows['recipe', f'lr of {network}'] = [change['lr'], paper.lr, change['lr']]

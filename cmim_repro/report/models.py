@@ -18,6 +18,7 @@ import pandas as pd
 import torch
 
 from ..core import Invalid, check_choice, check_number
+from ..experiments.execution import CHOOSING
 from ..experiments.profiles import Entry, Profile, names, narrowed, parse_overrides, protected
 from ..experiments.profiles import choice_label
 from ..lab.models.core import model
@@ -162,7 +163,7 @@ def choosing_outputs(
     clean = check_choice('selection', selection, ('clean', 'paper')) == 'clean'
     held_out = clean and bool(run.data_options.get('held_out'))
     log_probs, labels = store.log_probs(run, 'held_out' if held_out else 'test')
-    part = slice(None, None, 2) if clean and not held_out else slice(None)
+    part = CHOOSING if clean and not held_out else slice(None)
     return log_probs[part].double(), labels[part]
 
 

@@ -170,13 +170,14 @@ def rule_note(
     margin: float|None=None, # Gain that counts as a success; None where there are no verdicts
 )->str:
     "The rules in force, for the note below a table."
-    held_out = all(e.run.data_options.get('held_out') for e in entries)
-    aside = 'held-out training images' if held_out else 'every other test image'
-    chosen_on = aside if selection == 'clean' else 'all test images, as in the paper'
+    held_out = [bool(e.run.data_options.get('held_out')) for e in entries]
+    aside, judging = 'held-out training images', 'all test images'
+    if not all(held_out): aside, judging = 'every other test image', 'the other test images'
+    if any(held_out) and not all(held_out): aside += ' (of some data sets: held-out training images)'
+    chosen_on = aside if selection == 'clean' else 'all test images'
     epoch = {'last': 'after the last epoch', 'best': 'of the best test epoch'}[protocol]
     note = f'Rules: candidates of a cell are chosen on {chosen_on}; accuracies are those {epoch}.'
     if margin is None: return note
-    judging = 'all test images' if held_out else 'the other test images'
     return (f"{note} Verdicts: candidates chosen on {aside}, accuracy after the last epoch on {judging}, a gain above "
             f"{margin:g} points is a success, 95 % intervals over training seeds, on one fixed test set. The paper's "
             "rule: candidates chosen on all test images, means compared.")
