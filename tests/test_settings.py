@@ -17,8 +17,8 @@ from cmim_repro.lab.models.core import model
 from cmim_repro.lab.training import Learner, Recipe, Settings, initialised, train
 
 PLAIN = Settings(device='cpu', checkpoint_seconds=0)
-OTHER = {'device': 'auto', 'channels_last': False, 'compile': True, 'tf32': False, 'threads': 2, 'checkpoint_seconds': 1e9, 'inside_seconds': 0.}
-SAME_BITS = {'device', 'tf32', 'checkpoint_seconds', 'inside_seconds'} # on a CPU
+OTHER = {'device': 'auto', 'channels_last': False, 'compile': True, 'capture': False, 'lanes': 1, 'tf32': False, 'threads': 2, 'checkpoint_seconds': 1e9, 'inside_seconds': 0.}
+SAME_BITS = {'device', 'capture', 'lanes', 'tf32', 'checkpoint_seconds', 'inside_seconds'} # on a CPU
 RECIPE = Recipe(epochs=2, batch_size=32, lr=.05, schedule='constant')
 DATA = {'per_class': 8, 'test_per_class': 5}
 

@@ -86,16 +86,18 @@ class Settings:
     device: str = 'auto' # cpu, cuda, cuda:1 ...; auto takes a GPU when there is one
     channels_last: bool = True # Memory format of images and weights; the faster one for convolutions, on CPUs too
     compile: bool = False # torch.compile the networks
+    capture: bool = True # CUDA: record a step as one graph and replay it
+    lanes: int = 4 # CUDA: streams that the learners of a cohort share
     tf32: bool = True # TensorFloat-32 products on CUDA where float32 is asked for
     threads: int = 1 # CPU threads of a process that trains
     checkpoint_seconds: float = 10. # Least time between two checkpoints at ends of epochs
     inside_seconds: float = 300. # Least time between two checkpoints inside an epoch
 
     def __post_init__(self):
-        for name in ('channels_last', 'compile', 'tf32'):
+        for name in ('channels_last', 'compile', 'capture', 'tf32'):
             value = getattr(self, name)
             if not isinstance(value, bool): raise Invalid(f'{name} is {value!r}; it must be True or False.')
-        check_number('threads', self.threads, 1, integer=True)
+        for name in ('threads', 'lanes'): check_number(name, getattr(self, name), 1, integer=True)
         for name in ('checkpoint_seconds', 'inside_seconds'): check_number(name, getattr(self, name), 0)
 
     def resolve(self)->torch.device:
