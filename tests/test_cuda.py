@@ -3,10 +3,12 @@
 Beside these, `-m cuda` selects the memory of CMIM's term at ImageNet's size (test_cmim_banks), batches (test_data), attacks (test_attacks_properties)
 and CMI (test_theory_golden)."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from cmim_repro.attacks.core import attack
 from cmim_repro.core import keyed_generator
 from cmim_repro.defenses.core import objective
 from cmim_repro.experiments.cost import throughput
@@ -87,15 +89,55 @@ def test_images_are_bytes_on_the_device_and_are_augmented_there():
 
 @pytest.mark.parametrize('method', ['ce', 'cmim'])
 def test_steps_do_not_wait_for_the_device(method):
-    data = pictures()
+    data = pictures(count=192)
     one = learner(data, method=method).place(torch.device(DEVICE), PLAIN)
     one.start_epoch()
     batches = enumerate(data.batches('train', 32, augment='standard', shuffle=True))
-    for step, (images, labels, places) in batches: # the first step may allocate and choose kernels
-        one.step(Batch(images, labels, places, None, 0, 0, step), data, 3)
-        if DEVICE == 'cuda': torch.cuda.set_sync_debug_mode('error')
+    for step, (images, labels, places) in batches: # the first steps may allocate and choose kernels, the third is recorded
+        one.step(Batch(images, labels, places, None, 0, 0, step), data, 6)
+        if DEVICE == 'cuda' and step > 2: torch.cuda.set_sync_debug_mode('error')
     if DEVICE == 'cuda': torch.cuda.set_sync_debug_mode('default')
-    assert int(one.sums[2]) == 96
+    assert int(one.sums[2]) == 192 and (DEVICE == 'cpu' or recorded(one))
+
+
+def recorded(one): return [take for take in one.captured.takes.values() if take.graph]
+
+
+@pytest.mark.parametrize('name, method, precision', [('cnn_small', 'ce', 'float32'), ('cnn_small', 'cmim', 'bf16'), ('mobilenetv2', 'ce', 'float32'),
+                                                     ('vgg8', 'cmim', 'float32')])
+def test_recorded_steps_learn_the_same(name, method, precision):
+    "With batch normalisation, a bank, depthwise convolutions, and dropout, whose random numbers a replay must take from the step's key."
+    options = {'name': name, 'method': method, 'precision': precision, 'epochs': 4}
+    plain, one = trained(replace(PLAIN, capture=False), **options), trained(**options)
+    assert DEVICE == 'cpu' or recorded(one)
+    torch.testing.assert_close(losses(one), losses(plain), rtol=2e-2, atol=5e-3)
+
+
+@pytest.mark.parametrize('method, options', [('kd', {}), ('mkd', {}), ('dkd', {'warmup_epochs': 3}), ('dist', {}), ('avg', {}), ('htc', {})])
+def test_recorded_attacks_learn_the_same(method, options):
+    data = pictures()
+    matrix = torch.randn(3*16*16, 8, generator=keyed_generator(1, 'teacher')).to(DEVICE)/20
+
+    def attacker(settings):
+        context = {'num_classes': 8, 'seed': 0}
+        loss = attack(method, **options, **{k: v for k, v in context.items() if k in attack.context(method)})
+        net = initialised(lambda: model('vgg8', num_classes=8, image_shape=data.image_shape), 0)
+        one = Learner(method, net, loss, Recipe(epochs=4, batch_size=32, lr=.02, schedule='cosine'))
+        train([one], data, 0, lambda images: (images.flatten(1) @ matrix).log_softmax(1), settings)
+        return one
+
+    plain, one = attacker(replace(PLAIN, capture=False)), attacker(PLAIN)
+    assert DEVICE == 'cpu' or recorded(one)
+    torch.testing.assert_close(losses(one), losses(plain), rtol=2e-2, atol=5e-3)
+
+
+def test_learners_on_lanes_are_those_alone():
+    "Six learners with dropout on four lanes."
+    data = pictures()
+    cohort = [learner(data, 'vgg8', epochs=4, lr=rate) for rate in (.01, .015, .02, .025, .03, .035)]
+    train(cohort, data, seed=0, settings=PLAIN)
+    for one, rate in zip(cohort, (.01, .015, .02, .025, .03, .035), strict=True):
+        torch.testing.assert_close(losses(one), losses(trained(name='vgg8', epochs=4, lr=rate)), rtol=2e-2, atol=5e-3)
 
 
 @pytest.fixture(autouse=True)

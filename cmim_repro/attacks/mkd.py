@@ -116,7 +116,7 @@ class MKD(Loss):
 
     def make_optimizer(self):
         "Adam for the transform, off the student's schedule."
-        return torch.optim.Adam(self.parameters(), self.transform_lr)
+        return torch.optim.Adam(self.parameters(), self.transform_lr, capturable=self.transform.scale.is_cuda)
 
     def loss(self, logits, teacher_log_probs, labels, epoch):
         T, target = self.student_temperature, self.transform(teacher_log_probs, labels)

@@ -29,6 +29,7 @@ from .runs import Plan, canonical, chain_answers, registry_of, run_from_dict
 from .store import Store, code_digest, provenance
 from ..lab.data.core import SPLITS, batch_places, dataset, rank_share, step_count
 from ..lab.models.core import model
+from ..lab.capture import Captured
 from ..lab.training import Learner, Settings, cpu_threads, initialised, train
 from ..lab.processes import agreed, gather_over_processes, join_processes, process_rank, processes
 
@@ -79,10 +80,11 @@ def answers_of(
     store, # Where it is
     data, # Its data set
     device='cpu', # Where images will be
+    capture=False, # On a GPU, record the network's answers: for many batches of one shape
 ):
     "The function images (B, channels, height, width) -> released log-probabilities (B, C) of a finished run."
     if run.kind == 'release':
-        victim, method = answers_of(run.teacher, store, data, device), make_method(run, data).to(device)
+        victim, method = answers_of(run.teacher, store, data, device, capture), make_method(run, data).to(device)
         if run.trains or release.note(run.method, 'fitted'):
             method.load_state_dict(store.tensors(run, 'weights.safetensors', device))
         method.eval()
@@ -96,7 +98,10 @@ def answers_of(
         mixed = run.recipe.precision == 'bf16'
         with torch.autocast(images.device.type, torch.bfloat16, enabled=mixed): logits = network(images)
         return F.log_softmax(logits.float(), -1)
-    return answer
+
+    if not capture or torch.device(device).type == 'cpu': return answer
+    recorded = Captured(answer, torch.device(device), layout=torch.channels_last)
+    return lambda images: recorded(images).clone()
 
 # %% ../../nbs/experiments/05_execution.ipynb #4558dee1
 def released(
@@ -296,7 +301,8 @@ def run_cohort(
     runs = [run for run in runs if run.trains]
     if not runs: return
     first = runs[0]
-    teacher = chain_answers(first, lambda run: answers_of(run, store, data, device)) if first.teacher else None
+    heard = lambda run: answers_of(run, store, data, device, settings.capture)
+    teacher = chain_answers(first, heard) if first.teacher else None
     learners = [_learner(run, data, store, _origin(run, data, device, settings)) for run in runs]
 
     def finish(learner):
