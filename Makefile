@@ -17,7 +17,7 @@ ASKED := $(if $(filter tables,$(MAKECMDGOALS)),$(TABLES)) $(if $(filter figures,
   $(if $(filter beyond,$(MAKECMDGOALS)),$(BEYOND))
 
 .DEFAULT_GOAL := help
-.PHONY: help install table1 tables figures beyond gallery page FORCE test notebooks pytest slow lint export outputs cost lab
+.PHONY: help install table1 tables figures beyond gallery page FORCE test notebooks pytest slow lint export outputs cost pilot lab
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -82,6 +82,10 @@ outputs: install ## execute notebooks from top to bottom and keep what they show
 
 cost: install ## time of a training step, CMIM beside cross-entropy
 	$(BIN)/python -m cmim_repro.experiments.cost --networks cnn_small resnet18
+
+pilot: install ## minutes on a GPU: its tests, its speed, a piece of Table 1; DATA=DIR names the folder of CIFAR-100
+	$(BIN)/python -m cmim_repro.experiments.pilot --data-root $(or $(DATA),data/downloads) --store data/runs/pilot \
+	  --out figures/executed/pilot $(ARGS)
 
 lab: install ## open the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs/index.ipynb
