@@ -199,14 +199,3 @@ def test_the_memory_of_mkd_is_bounded_by_pieces():
     torch.testing.assert_close(values[0], values[1])
     gradients = [torch.autograd.grad((value**2).sum(), [mkd.transform.scale, mkd.transform.factors]) for value in values]
     for whole, cut in zip(*gradients, strict=True): torch.testing.assert_close(whole, cut)
-
-
-@pytest.mark.cuda
-@METHODS
-def test_the_same_on_a_gpu(name, variant):
-    if not torch.cuda.is_available(): pytest.skip('no CUDA device')
-    student, teacher, labels = torch.randn(8, 10, dtype=torch.float64), torch.randn(8, 10, dtype=torch.float64).log_softmax(1), torch.arange(8)
-    module = make(name, variant, 10)
-    here = module(student, teacher, labels, 3)
-    there = module.cuda()(student.cuda(), teacher.cuda(), labels.cuda())
-    torch.testing.assert_close(there.cpu(), here, rtol=1e-10, atol=1e-12)

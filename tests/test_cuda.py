@@ -1,7 +1,6 @@
 """What only a CUDA device can show: autocast, compilation, memory formats, data on the device, no waiting, and resuming. Skipped, and said to be, where there is none.
 
-Beside these, `-m cuda` selects the memory of CMIM's term at ImageNet's size (test_cmim_banks), batches (test_data), attacks (test_attacks_properties)
-and CMI (test_theory_golden)."""
+Beside these, `-m cuda` selects test_cuda_numbers: attacks, CMIM's term and CMI. Neither file needs more than pytest and the package."""
 import json
 from dataclasses import replace
 

@@ -237,20 +237,3 @@ def test_a_curve_of_ten_thousand_answers_stays_in_bounded_blocks():
     curve = cmi_curve(log_probs, labels, alphas, per_class=True)
     some = slice(None, None, 20)
     np.testing.assert_allclose(curve[:, some].numpy(), class_cmi(log_probs.double(), labels, alphas[some].expand(100, -1)).numpy(), rtol=0, atol=1e-13)
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
-def test_cuda_agrees_with_cpu():
-    generator = torch.Generator().manual_seed(0)
-    log_probs, labels = torch.randn(500, 20, dtype=torch.float64, generator=generator).log_softmax(-1), torch.arange(500) % 20
-    alphas = torch.linspace(0, 4, 9, dtype=torch.float64)
-    there = log_probs.cuda(), labels.cuda()
-    close(cmi_curve(*there, alphas, True).cpu(), cmi_curve(log_probs, labels, alphas, True), zero=1e-13)
-    close(cmi_derivative(*there, alphas.cuda().expand(20, -1)).cpu(), cmi_derivative(log_probs, labels, alphas.expand(20, -1)), zero=1e-13)
-    batches = [CMIAccumulator(alphas, 20, device='cuda').update(x, y) for x, y in zip(there[0].split(100), there[1].split(100), strict=True)]
-    forward, backward = CMIAccumulator(alphas, 20, device='cuda'), CMIAccumulator(alphas, 20, device='cuda')
-    for batch in batches: forward.merge(batch)
-    for batch in reversed(batches): backward.merge(batch)
-    assert torch.equal(forward.sums, backward.sums)
-    close(forward.class_cmi().cpu(), cmi_curve(log_probs, labels, alphas, True), zero=1e-13)

@@ -6,12 +6,13 @@
 __all__ = ['TINY', 'COLUMNS', 'POISONED', 'PARTS', 'Sizes', 'Over', 'Desk', 'ended', 'marked_tests', 'cuda_tests',
            'mode_settings', 'add_row', 'read_rows', 'step_rows', 'noise', 'distillation', 'distillation_row',
            'textbook', 'measurements', 'measure', 'images_of_a_class', 'Part', 'tuned_options', 'stages',
-           'seconds_of_epochs', 'expected_seconds', 'fitting', 'make_part', 'finished_runs', 'write_archive', 'gains',
-           'gains_table', 'summary', 'report', 'main']
+           'seconds_of_epochs', 'expected_seconds', 'fitting', 'make_part', 'finished_runs', 'write_archive',
+           'teacher_name', 'gains', 'gains_table', 'summary', 'report', 'main']
 
-# %% ../../nbs/experiments/08_pilot.ipynb #632c219f
+# %% ../../nbs/experiments/08_pilot.ipynb #f6e42e3c
 import argparse
 import csv
+import gc
 import itertools
 import json
 import os
@@ -207,7 +208,7 @@ def _epoch(learners, data, answers):
     train_epoch(learners, data, 0, answers)
     for learner in learners: learner.finish_epoch({})
 
-# %% ../../nbs/experiments/08_pilot.ipynb #b95015b2
+# %% ../../nbs/experiments/08_pilot.ipynb #1efc99ea
 def distillation(
     pair: tuple, # Names of teacher and student
     students: int, # Students side by side
@@ -225,7 +226,8 @@ def distillation(
     for i in range(students):
         network = initialised(lambda: model(pair[1], **facts), i)
         learners.append(Learner(f'student {i}', network, attack('kd'), recipe).place(device, settings))
-    _epoch(learners, noise(min(images, 12*sizes.batch), device), answers)
+    short = min(images, 12*sizes.batch + images % sizes.batch) # ends with a batch as small as the last one
+    _epoch(learners, noise(short, device), answers)
     return timed(partial(_epoch, learners, data, answers), device)
 
 
@@ -324,7 +326,7 @@ POISONED = 3 # exit status of a process whose CUDA context is lost
 
 def _poisoned(error): return isinstance(error, RuntimeError) and 'CUDA error' in str(error)
 
-# %% ../../nbs/experiments/08_pilot.ipynb #e63c0c84
+# %% ../../nbs/experiments/08_pilot.ipynb #3960d4ba
 def measure(
     desk: Desk, # Its folder gets throughput.csv
     wanted: dict, # As `measurements` gives
@@ -363,6 +365,7 @@ def _said(row):
 def _tidy():
     "Give memory back between two measurements, and forget what was compiled."
     if 'torch._dynamo' in sys.modules: torch._dynamo.reset()
+    gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 # %% ../../nbs/experiments/08_pilot.ipynb #058cc256
@@ -388,7 +391,7 @@ def images_of_a_class(
     names = {'train': 'per_class', 'test': 'test_per_class'}
     return {names[split]: count for split, count in counts.items() if count < _PUBLISHED[split]}
 
-# %% ../../nbs/experiments/08_pilot.ipynb #2dcd15dd
+# %% ../../nbs/experiments/08_pilot.ipynb #22338a7c
 @dataclass(frozen=True)
 class Part:
     "Which piece of Table 1 is made."
@@ -398,7 +401,8 @@ class Part:
 
     def task(self, **changes):
         "The paper's task, narrowed and changed."
-        overrides = {'epochs': self.epochs, 'precision': self.sizes.precision, 'held_out': .1, **dict(self.counts)}
+        overrides = {'epochs': self.epochs, 'precision': self.sizes.precision, 'held_out': .1, **dict(self.counts),
+                     'dkd.warmup_epochs': max(1, round(self.epochs/10))} # 20 of 200
         return narrowed(profile('paper'), data_sets='cifar100', networks=[':'.join(self.sizes.pairs[0])],
                         overrides={**overrides, **changes}).tasks[0]
 
@@ -481,7 +485,7 @@ def fitting(
     if expected is None or expected <= left: return runs
     return runs[:int(len(runs)*left/expected)]
 
-# %% ../../nbs/experiments/08_pilot.ipynb #27137f0c
+# %% ../../nbs/experiments/08_pilot.ipynb #e954bbfe
 def make_part(
     desk: Desk, # Until when
     part: Part, # Which piece of the table
@@ -502,19 +506,14 @@ def make_part(
         if not todo: continue
         desk.check()
         expected = expected_seconds(todo, seconds_of_epochs(store, everything))
-        chosen = fitting(todo, expected, desk.left())
+        chosen = fitting(todo, expected, .9*desk.left())
         guess = 'nothing to tell the time from' if expected is None else f'{expected:.0f} s expected'
         desk.say(f'table: {label}: {len(todo)} runs, {guess}, {desk.left():.0f} s left; {len(chosen)} start')
         if not chosen: continue
         for sentence in execute(Plan.of(chosen), store, settings, root, True, progress, limit): desk.say(sentence)
     desk.say('table: all stages are done')
 
-# %% ../../nbs/experiments/08_pilot.ipynb #6c776de9
-def _label(run):
-    "A teacher's or student's method with its options."
-    return f'{run.method} {canonical(run.options)}'
-
-
+# %% ../../nbs/experiments/08_pilot.ipynb #2be276f4
 def _line(run, result):
     "What results.csv says of a finished run."
     names = ('accuracy', 'best_accuracy', 'held_out_accuracy', 'seconds', 'device_name', 'torch', 'revision')
@@ -548,10 +547,18 @@ def write_archive(
         if Path(path).stat().st_size < most: return path
     return path
 
-# %% ../../nbs/experiments/08_pilot.ipynb #22dfee18
+# %% ../../nbs/experiments/08_pilot.ipynb #77ded372
 def _best(lines, by='held_out_accuracy'):
     "The line that held-out images choose."
     return max(lines, key=lambda line: line[by] if line[by] is not None else line['accuracy'])
+
+
+def teacher_name(
+    method: str, # Of the teacher
+    options: str, # Of the method, as JSON
+)->str:
+    "The method, with CMIM's weight."
+    return f"cmim {json.loads(options)['weight']:g}" if method == 'cmim' else method
 
 
 def gains(
@@ -566,10 +573,9 @@ def gains(
         alone = [x for x in lines if (x['seed'], x['method'], x['model']) == (seed, 'ls', network)]
         owner = [x for x in lines if (x['seed'], x['method'], x['options']) == (seed, method, options)]
         reference = _best(alone)['accuracy'] if alone else float('nan')
-        weight = f" {json.loads(options)['weight']:g}" if method == 'cmim' else ''
         for name, own in part.groupby('method', sort=False):
             best = _best(own.to_dict('records'))
-            rows.append({'seed': seed, 'teacher': method + weight, 'attack': name, 'settings': len(own),
+            rows.append({'seed': seed, 'teacher': teacher_name(method, options), 'attack': name, 'settings': len(own),
                          'accuracy': 100*best['accuracy'], 'student alone': 100*reference,
                          'gain': 100*(best['accuracy'] - reference),
                          'teacher accuracy': 100*owner[0]['accuracy'] if owner else float('nan')})
@@ -583,7 +589,7 @@ def gains_table(
     table = found.pivot_table('gain', ['teacher', 'teacher accuracy'], 'attack', 'mean', sort=False)
     return table.round(2)
 
-# %% ../../nbs/experiments/08_pilot.ipynb #27622a28
+# %% ../../nbs/experiments/08_pilot.ipynb #d3fab762
 def summary(
     desk: Desk, # Its folder has throughput.csv
     lines: list, # As `_line` gives
@@ -597,15 +603,17 @@ def summary(
                   pd.DataFrame(rows)[shown].to_string(index=False)]
     for line in lines:
         if line['teacher_method'] == '':
-            texts.append(f"{line['method']} {line['model']} seed {line['seed']}: {line['accuracy']:.2%} "
-                         f"(held out {line['held_out_accuracy'] or 0:.2%}), {line['options'][:80]}")
+            name = teacher_name(line['method'], line['options'])
+            told = f" {line['options']}" if name == 'ls' else ''
+            texts.append(f"{name} {line['model']}{told} seed {line['seed']}: accuracy {line['accuracy']:.2%}, "
+                         f"held out {line['held_out_accuracy'] or 0:.2%}")
     found = gains(lines)
     if not found.empty:
         seeds = ', '.join(f'{name} {len(part)}' for name, part in found.groupby('teacher')['seed'].unique().items())
         texts += ['Gain in points over the student alone, whose smoothing held-out images choose, as they choose the '
                   f'setting of each attack; {lines[0]["epochs"]} epochs; seeds: {seeds}',
                   gains_table(found).to_string(), found.round(2).to_string(index=False)]
-    return '\n\n'.join(texts or ['Nothing is finished.']) + '\n'
+    return '\n'.join(texts or ['Nothing is finished.']) + '\n'
 
 
 def report(
@@ -622,7 +630,7 @@ def report(
     write_archive(desk.out/'results.tar.gz', store, [run for run, _ in pairs])
     desk.say(f'{len(pairs)} runs are finished; see summary.txt')
 
-# %% ../../nbs/experiments/08_pilot.ipynb #22839eb8
+# %% ../../nbs/experiments/08_pilot.ipynb #cf2011d1
 def _arguments(arguments):
     parser = argparse.ArgumentParser(prog='python -m cmim_repro.experiments.pilot', description=main.__doc__)
     parser.add_argument('--data-root', required=True, help='folder that holds cifar-100-python')
@@ -648,15 +656,14 @@ def _read(args):
     Settings(device=args.device).resolve()
     skipped = [name for name in args.skip.split(',') if name]
     for name in skipped: check_choice('part of the pilot', name, ('tests', 'throughput', 'table'))
-    counts = tuple(images_of_a_class(args.data_root, args.part).items())
+    counts = () if args.inside == 'throughput' else tuple(images_of_a_class(args.data_root, args.part).items())
     Path(args.out).mkdir(parents=True, exist_ok=True)
     desk = Desk(Path(args.out), args.until or time.time() + 60*args.minutes)
     return desk, Part(sizes, epochs, counts), skipped
 
-# %% ../../nbs/experiments/08_pilot.ipynb #f11c6c1a
+# %% ../../nbs/experiments/08_pilot.ipynb #0341448c
 def _inside(args, desk, part):
     "Do one part in this process; its exit status."
-    torch.set_num_threads(1)
     if args.inside == 'throughput': return measure(desk, measurements(part.sizes, args.device), args.device)
     settings = Settings(device=args.device, capture=not args.plain, checkpoint_seconds=20.)
     limit = 4 if args.plain else part.sizes.limit
