@@ -20,7 +20,7 @@ import sys
 from importlib.machinery import PathFinder
 class Present:
     "Finds what is installed, but none of these."
-    find_distributions = PathFinder.find_distributions
+    def find_distributions(self, *context): return PathFinder.find_distributions(*context)
     def find_spec(self, name, *more): return None if name.partition('.')[0] in {MISSING!r} else PathFinder.find_spec(name, *more)
 sys.meta_path = [Present() if finder is PathFinder else finder for finder in sys.meta_path]
 """

@@ -9,7 +9,7 @@ __all__ = ['TINY', 'COLUMNS', 'POISONED', 'PARTS', 'Sizes', 'Over', 'Desk', 'end
            'seconds_of_epochs', 'expected_seconds', 'fitting', 'make_part', 'finished_runs', 'write_archive',
            'teacher_name', 'gains', 'gains_table', 'summary', 'report', 'main']
 
-# %% ../../nbs/experiments/08_pilot.ipynb #f6e42e3c
+# %% ../../nbs/experiments/08_pilot.ipynb #c61c090e
 import argparse
 import csv
 import gc
@@ -39,6 +39,7 @@ from .execution import answers_of, execute, make_network
 from .profiles import attacked, candidates, narrowed, profile, protected, smoothed
 from .runs import Plan, canonical, make_run
 from .store import Store, provenance
+from ..lab.capture import Lane
 from ..lab.data.core import Crop, Facts, Flip, TensorDataSet, dataset, size_of
 from ..lab.models.core import model
 from ..lab.training import Learner, Recipe, Settings, initialised, train_epoch
@@ -167,7 +168,7 @@ def read_rows(
     if not Path(path).exists(): return []
     with open(path, newline='') as file: return list(csv.DictReader(file))
 
-# %% ../../nbs/experiments/08_pilot.ipynb #968b0d00
+# %% ../../nbs/experiments/08_pilot.ipynb #481edb32
 def step_rows(
     network: str, # Name of a network
     mode: str, # As for `mode_settings`
@@ -175,12 +176,13 @@ def step_rows(
     device: str='auto', # Where
 )->list:
     "Two rows: a training step of CE, and of CMIM."
-    table = throughput(network, batch_size=sizes.batch, precision=sizes.precision, steps=sizes.steps,
-                       blocks=sizes.blocks, settings=mode_settings(mode, device))
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True): # as in training
+        table = throughput(network, batch_size=sizes.batch, precision=sizes.precision, steps=sizes.steps,
+                           blocks=sizes.blocks, settings=mode_settings(mode, device))
     return [{name: value for name, value in row.items() if name in COLUMNS} | {'students': 1}
             for row in table.to_dict('records')]
 
-# %% ../../nbs/experiments/08_pilot.ipynb #36cb9a79
+# %% ../../nbs/experiments/08_pilot.ipynb #2fe8eae9
 def noise(
     count: int, # Images
     device='cpu', # Where they are kept
@@ -194,13 +196,13 @@ def noise(
     return TensorDataSet(facts, {'train': images, 'test': images[:1]}, {'train': labels, 'test': labels[:1]}, device)
 
 
-def _answering(teacher, data, recipe, device):
+def _answering(teacher, data, recipe, device, capture):
     "The function images -> log-probabilities of a network with fresh weights, as executions ask it."
     run = make_run('cifar100', teacher, 'ce', recipe=recipe)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
         store.save_tensors(run, 'weights.safetensors', make_network(run, data).state_dict())
-        return answers_of(run, store, data, device)
+        return answers_of(run, store, data, device, capture)
 
 
 def _epoch(learners, data, answers):
@@ -208,7 +210,7 @@ def _epoch(learners, data, answers):
     train_epoch(learners, data, 0, answers)
     for learner in learners: learner.finish_epoch({})
 
-# %% ../../nbs/experiments/08_pilot.ipynb #1efc99ea
+# %% ../../nbs/experiments/08_pilot.ipynb #7435cf1f
 def distillation(
     pair: tuple, # Names of teacher and student
     students: int, # Students side by side
@@ -220,15 +222,18 @@ def distillation(
     device, data = settings.resolve(), noise(images, settings.resolve())
     recipe = Recipe(epochs=2, batch_size=sizes.batch, lr=.001, schedule='constant', precision=sizes.precision)
     facts = {'num_classes': data.num_classes, 'image_shape': tuple(data.image_shape)}
-    answer = _answering(pair[0], data, recipe, device)
+    answer = _answering(pair[0], data, recipe, device, settings.capture)
     answers = torch.no_grad()(lambda images, positions: answer(images))
-    learners = []
+    lanes, learners = [Lane(device) for _ in range(min(settings.lanes, students))], []
     for i in range(students):
         network = initialised(lambda: model(pair[1], **facts), i)
-        learners.append(Learner(f'student {i}', network, attack('kd'), recipe).place(device, settings))
+        one = Learner(f'student {i}', network, attack('kd'), recipe)
+        learners.append(one.place(device, settings, lanes[i % len(lanes)]))
     short = min(images, 12*sizes.batch + images % sizes.batch) # ends with a batch as small as the last one
-    _epoch(learners, noise(short, device), answers)
-    return timed(partial(_epoch, learners, data, answers), device)
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []), \
+            torch.backends.cudnn.flags(enabled=True, benchmark=True): # as in training
+        _epoch(learners, noise(short, device), answers)
+        return timed(partial(_epoch, learners, data, answers), device)
 
 
 def _work(pair, students):
