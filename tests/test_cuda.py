@@ -64,12 +64,6 @@ def test_autocast_keeps_weights_and_losses_in_float32():
     torch.testing.assert_close(losses(one), losses(trained()), rtol=.05, atol=.02)
 
 
-def test_compiled_networks_learn_the_same():
-    torch._dynamo.reset()
-    compiled = trained(Settings(device=DEVICE, channels_last=False, tf32=False, compile=True))
-    torch.testing.assert_close(losses(compiled), losses(trained()), rtol=1e-2, atol=1e-3)
-
-
 def test_channels_last_learns_the_same():
     one = trained(Settings(device=DEVICE, channels_last=True, tf32=False))
     weight = next(m for m in one.model.modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels > 3).weight
@@ -169,3 +163,9 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path, precision):
 def test_throughput_reports_memory_on_the_device():
     table = throughput('cnn_tiny', num_classes=10, batch_size=32, num_samples=500, precision='bf16', steps=2, blocks=2, settings=Settings(device=DEVICE))
     assert (table['images/s'] > 0).all() and (DEVICE == 'cpu' or (table['peak memory (MiB)'] > 0).all())
+
+
+def test_compiled_networks_learn_the_same():
+    torch._dynamo.reset()
+    compiled = trained(Settings(device=DEVICE, channels_last=False, tf32=False, compile=True))
+    torch.testing.assert_close(losses(compiled), losses(trained()), rtol=1e-2, atol=1e-3)

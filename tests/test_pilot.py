@@ -109,7 +109,7 @@ sys.exit(status != [0, 0])""")
 
 def test_files_with_gpu_tests_need_no_more_either():
     files = pilot.marked_tests()
-    assert sorted(path.rpartition('/')[2] for path in files) == ['test_cuda.py', 'test_cuda_numbers.py']
+    assert [path.rpartition('/')[2] for path in files] == ['test_cuda_numbers.py', 'test_cuda.py']
     found = blocked(f'import pytest\nsys.exit(pytest.main(["-m", "cuda", "-q", "-p", "no:cacheprovider", "--collect-only", *{files!r}]))',
                     env={**os.environ, 'PYTEST_DISABLE_PLUGIN_AUTOLOAD': '1'})
     assert found.returncode == 0 and ' error' not in found.stdout, found.stdout + found.stderr

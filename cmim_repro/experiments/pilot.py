@@ -39,10 +39,9 @@ from .execution import answers_of, execute, make_network
 from .profiles import attacked, candidates, narrowed, profile, protected, smoothed
 from .runs import Plan, canonical, make_run
 from .store import Store, provenance
-from ..lab.capture import Lane
 from ..lab.data.core import Crop, Facts, Flip, TensorDataSet, dataset, size_of
 from ..lab.models.core import model
-from ..lab.training import Learner, Recipe, Settings, initialised, train_epoch
+from ..lab.training import Learner, Recipe, Settings, initialised, place_all, train_epoch
 
 # %% ../../nbs/experiments/08_pilot.ipynb #6b0f2411
 @dataclass(frozen=True)
@@ -113,7 +112,8 @@ def marked_tests(
     folder=None, # Folder with tests; None means the checkout's
 )->list:
     "Files with tests that are marked cuda."
-    files = sorted(Path(folder or project_root()/'tests').glob('test_*.py'))
+    # backwards, because test_cuda ends with what has to be compiled
+    files = sorted(Path(folder or project_root()/'tests').glob('test_*.py'), reverse=True)
     return [str(path) for path in files if re.search(r'mark\.cuda\b', path.read_text(encoding='utf-8'))]
 
 
@@ -224,11 +224,12 @@ def distillation(
     facts = {'num_classes': data.num_classes, 'image_shape': tuple(data.image_shape)}
     answer = _answering(pair[0], data, recipe, device, settings.capture)
     answers = torch.no_grad()(lambda images, positions: answer(images))
-    lanes, learners = [Lane(device) for _ in range(min(settings.lanes, students))], []
+    learners = []
     for i in range(students):
         network = initialised(lambda: model(pair[1], **facts), i)
         one = Learner(f'student {i}', network, attack('kd'), recipe)
-        learners.append(one.place(device, settings, lanes[i % len(lanes)]))
+        learners.append(one)
+    place_all(learners, device, settings)
     short = min(images, 12*sizes.batch + images % sizes.batch) # ends with a batch as small as the last one
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []), \
             torch.backends.cudnn.flags(enabled=True, benchmark=True): # as in training

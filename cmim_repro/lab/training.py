@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'learning_rate', 'Settings', 'cpu_threads', 'Batch', 'batch_loss', 'Progress', 'sgd', 'take_step', 'Trainee',
-           'Learner', 'override', 'initialised', 'evaluate', 'remembered', 'train_epoch', 'Checkpoint', 'train',
-           'backward_in_parts', 'agree']
+           'Learner', 'override', 'initialised', 'evaluate', 'remembered', 'train_epoch', 'Checkpoint', 'place_all',
+           'train', 'backward_in_parts', 'agree']
 
 # %% ../../nbs/lab/03_training.ipynb #f1d4e749
 import io
@@ -233,6 +233,8 @@ class Trainee:
 
     def place(self, device, settings=Settings(), lane=None):
         "Move to the device and make the optimisers; on a GPU, steps are queued on the `lane`."
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
+        torch.backends.cudnn.benchmark = True # the fastest of cuDNN's algorithms for each shape
         self.device, self.lane = device, lane or Lane()
         self.layout = torch.channels_last if settings.channels_last else torch.contiguous_format
         if settings.channels_last: self.model.to(device=device, memory_format=self.layout)
@@ -505,6 +507,16 @@ class _Clock:
         for learner in self.learners: learner.seconds += (now - self.started)/len(self.learners)
         self.started = now
 
+# %% ../../nbs/lab/03_training.ipynb #e2f271f2
+def place_all(
+    learners: list, # `Learner`s of a cohort
+    device: torch.device, # Where they train
+    settings: Settings=Settings(), # How
+)->list:
+    "Place the learners on a device and on its lanes."
+    lanes = [Lane(device if processes() == 1 else None) for _ in range(min(settings.lanes, len(learners)))]
+    return [learner.place(device, settings, lanes[i % len(lanes)]) for i, learner in enumerate(learners)]
+
 # %% ../../nbs/lab/03_training.ipynb #fa5a1ff6
 def train(
     learners: list, # `Learner`s that share batch size, augmentation and number of epochs
@@ -518,11 +530,7 @@ def train(
     recipes = [learner.recipe for learner in learners]
     [(epochs, _, augment)] = {(recipe.epochs, recipe.batch_size, recipe.augment) for recipe in recipes}
     device = settings.resolve()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
-    torch.backends.cudnn.benchmark = True # the fastest of cuDNN's algorithms for each shape
-    lanes = [Lane(device if processes() == 1 else None) for _ in range(min(settings.lanes, len(learners)))]
-    placed = [learner.place(device, settings, lanes[i % len(lanes)]) for i, learner in enumerate(learners)]
-    checkpoints = [Checkpoint(learner) for learner in placed]
+    checkpoints = [Checkpoint(learner) for learner in place_all(learners, device, settings)]
     for checkpoint in checkpoints: checkpoint.restore()
     answers = _asking(learners, data, teacher, augment)
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
