@@ -168,7 +168,7 @@ def read_rows(
     if not Path(path).exists(): return []
     with open(path, newline='') as file: return list(csv.DictReader(file))
 
-# %% ../../nbs/experiments/08_pilot.ipynb #481edb32
+# %% ../../nbs/experiments/08_pilot.ipynb #033478a6
 def step_rows(
     network: str, # Name of a network
     mode: str, # As for `mode_settings`
@@ -179,8 +179,8 @@ def step_rows(
     with torch.backends.cudnn.flags(enabled=True, benchmark=True): # as in training
         table = throughput(network, batch_size=sizes.batch, precision=sizes.precision, steps=sizes.steps,
                            blocks=sizes.blocks, settings=mode_settings(mode, device))
-    return [{name: value for name, value in row.items() if name in COLUMNS} | {'students': 1}
-            for row in table.to_dict('records')]
+    known = table[[name for name in table if name in COLUMNS]].assign(students=1)
+    return known.to_dict('records')
 
 # %% ../../nbs/experiments/08_pilot.ipynb #2fe8eae9
 def noise(
@@ -210,7 +210,7 @@ def _epoch(learners, data, answers):
     train_epoch(learners, data, 0, answers)
     for learner in learners: learner.finish_epoch({})
 
-# %% ../../nbs/experiments/08_pilot.ipynb #7435cf1f
+# %% ../../nbs/experiments/08_pilot.ipynb #504db83e
 def distillation(
     pair: tuple, # Names of teacher and student
     students: int, # Students side by side
@@ -236,7 +236,7 @@ def distillation(
         _epoch(learners, noise(short, device), answers)
         return timed(partial(_epoch, learners, data, answers), device)
 
-
+# %% ../../nbs/experiments/08_pilot.ipynb #c618adea
 def _work(pair, students):
     "Operations of a distillation for one image."
     size = size_of('cifar100', {})
@@ -332,7 +332,7 @@ POISONED = 3 # exit status of a process whose CUDA context is lost
 
 def _poisoned(error): return isinstance(error, RuntimeError) and 'CUDA error' in str(error)
 
-# %% ../../nbs/experiments/08_pilot.ipynb #3960d4ba
+# %% ../../nbs/experiments/08_pilot.ipynb #040a2b73
 def measure(
     desk: Desk, # Its folder gets throughput.csv
     wanted: dict, # As `measurements` gives
@@ -359,7 +359,7 @@ def measure(
     desk.say('speed: all is measured')
     return 0
 
-
+# %% ../../nbs/experiments/08_pilot.ipynb #4758f78c
 def _said(row):
     "A row in words."
     if 'error' in row: return row['error']
@@ -553,7 +553,7 @@ def write_archive(
         if Path(path).stat().st_size < most: return path
     return path
 
-# %% ../../nbs/experiments/08_pilot.ipynb #77ded372
+# %% ../../nbs/experiments/08_pilot.ipynb #b14b9e4d
 def _best(lines, by='held_out_accuracy'):
     "The line that held-out images choose."
     return max(lines, key=lambda line: line[by] if line[by] is not None else line['accuracy'])
@@ -566,7 +566,7 @@ def teacher_name(
     "The method, with CMIM's weight."
     return f"cmim {json.loads(options)['weight']:g}" if method == 'cmim' else method
 
-
+# %% ../../nbs/experiments/08_pilot.ipynb #12c76b35
 def gains(
     lines: list, # As `_line` gives
 )->pd.DataFrame:
@@ -591,8 +591,9 @@ def gains(
 def gains_table(
     found: pd.DataFrame, # As `gains` gives
 )->pd.DataFrame:
-    "One line a teacher, one column an attack: gain in points, mean over seeds."
-    table = found.pivot_table('gain', ['teacher', 'teacher accuracy'], 'attack', 'mean', sort=False)
+    "One line a teacher: its accuracy and the gain of each attack in points, means over seeds."
+    table = found.pivot_table('gain', 'teacher', 'attack', 'mean', sort=False)
+    table.insert(0, 'teacher accuracy', found.groupby('teacher')['teacher accuracy'].mean())
     return table.round(2)
 
 # %% ../../nbs/experiments/08_pilot.ipynb #d3fab762
@@ -692,7 +693,7 @@ def _start(desk, arguments, name, seconds, *more):
     elif status: desk.say(f'{name}: ended with the status {status}')
     return status
 
-# %% ../../nbs/experiments/08_pilot.ipynb #4135d8eb
+# %% ../../nbs/experiments/08_pilot.ipynb #eb0c503f
 def _all(desk, arguments, skipped):
     "Tests, speed and table, each in its time."
     if 'tests' not in skipped and desk.left() > 15: cuda_tests(desk, min(90, desk.left() - 15))
@@ -723,5 +724,5 @@ def main(arguments=None):
         return 2
     return 0
 
-# %% ../../nbs/experiments/08_pilot.ipynb #70dc760a
+
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())
