@@ -30,13 +30,14 @@ from ..lab.models.core import model
 
 # %% ../../nbs/experiments/04_store.ipynb #af99c778
 def revision()->str:
-    "The git revision of the checkout, with +changes if files differ from it; 'unknown' outside a checkout."
+    "$CMIM_REVISION, else git's, with +changes if files differ from it; 'unknown' outside a checkout."
+    if given := os.environ.get('CMIM_REVISION'): return given
     def git(*arguments):
         return subprocess.run(['git', *arguments], cwd=project_root(), capture_output=True, text=True, timeout=20)
     try:
         head, status = git('rev-parse', '--short=12', 'HEAD'), git('status', '--porcelain', '--', 'cmim_repro')
-    except (OSError, subprocess.TimeoutExpired): return os.environ.get('CMIM_REVISION', 'unknown')
-    if head.returncode: return os.environ.get('CMIM_REVISION', 'unknown')
+    except (OSError, subprocess.TimeoutExpired): return 'unknown'
+    if head.returncode: return 'unknown'
     return head.stdout.strip() + ('+changes' if status.stdout.strip() else '')
 
 

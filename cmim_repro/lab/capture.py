@@ -71,12 +71,14 @@ class Captured:
         self.work, self.layout, self.active = work, layout, active
         self.records = active and device.type == 'cuda'
         self.lane = lane if lane and lane.stream else Lane(device)
-        self.key, self.takes, self.runs = None, {}, Counter()
+        self.key, self.takes, self.void, self.runs = None, {}, None, Counter()
 
     def _recorded(self, take, shapes):
         "Record if it is time for it; is there a recording?"
         if take.graph or not self.records or self.runs[shapes] < WARM_UP: return take.graph is not None
-        try: take.record(self.work, self.lane)
+        try:
+            take.record(self.work, self.lane)
+            self.void = None # until now it has kept the lane's memory, which CUDA takes back with the last recording
         except RuntimeError as error:
             self.records = False
             reason = str(error).strip().splitlines()[0]
@@ -89,7 +91,7 @@ class Captured:
     ):
         "What the work returns; the next call may overwrite it."
         if not self.active: return self.work(*tensors)
-        if key != self.key: self.key, self.takes = key, {}
+        if key != self.key: self.key, self.takes, self.void = key, {}, self.takes
         shapes = tuple((t.shape, t.dtype) for t in tensors)
         if shapes not in self.takes: self.takes[shapes] = _Take(tensors, self.layout)
         take = self.takes[shapes]

@@ -349,9 +349,11 @@ def evaluate(
     data, # A data set (`lab.data`)
     split: str, # test, held_out or train
     teacher=None, # Images to log-probabilities, for learners that read answers
-    batch_size: int=500, # Images in a pass
+    batch_size: int=0, # Images in a pass; 0 for 500, or 2,000 small ones on a GPU
 )->list:
     "For each learner {'accuracy', 'nll'} on a split, the images normalised but not augmented."
+    small = data.device.type == 'cuda' and max(data.image_shape[1:]) <= 64
+    batch_size = batch_size or (2_000 if small else 500)
     sums = [torch.zeros(2, dtype=torch.float64, device=learner.device) for learner in learners]
     for images, labels, _ in data.batches(split, batch_size, rank=process_rank(), world=processes()):
         answers = teacher(images) if any(learner.inputs == 'answers' for learner in learners) else None
