@@ -176,9 +176,8 @@ def step_rows(
     device: str='auto', # Where
 )->list:
     "Two rows: a training step of CE, and of CMIM."
-    with torch.backends.cudnn.flags(enabled=True, benchmark=True): # as in training
-        table = throughput(network, batch_size=sizes.batch, precision=sizes.precision, steps=sizes.steps,
-                           blocks=sizes.blocks, settings=mode_settings(mode, device))
+    table = throughput(network, batch_size=sizes.batch, precision=sizes.precision, steps=sizes.steps,
+                       blocks=sizes.blocks, settings=mode_settings(mode, device))
     known = table[[name for name in table if name in COLUMNS]].assign(students=1)
     return known.to_dict('records')
 
@@ -231,8 +230,7 @@ def distillation(
         learners.append(one)
     place_all(learners, device, settings)
     short = min(images, 12*sizes.batch + images % sizes.batch) # ends with a batch as small as the last one
-    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []), \
-            torch.backends.cudnn.flags(enabled=True, benchmark=True): # as in training
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         _epoch(learners, noise(short, device), answers)
         return timed(partial(_epoch, learners, data, answers), device)
 
@@ -298,7 +296,8 @@ def textbook(
         loader = DataLoader(some, batch_size=sizes.batch, shuffle=True)
         work = partial(_textbook_epoch, loader, teacher, student, optimizer, device, sizes.precision == 'bf16')
         return timed(work, device)
-    with torch.random.fork_rng(devices=[]):
+    plain = torch.backends.cudnn.flags(enabled=True, benchmark=False) # PyTorch's default, which training changes
+    with torch.random.fork_rng(devices=[]), plain:
         epoch(min(images, 12*sizes.batch))
         return epoch(images)
 
