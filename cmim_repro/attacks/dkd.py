@@ -64,6 +64,8 @@ class DKD(Loss):
         "Factor of the soft part in an epoch, up to 1."
         return min((epoch + 1) / self.warmup_epochs, 1.) if self.warmup_epochs else 1.
 
+    def of_epoch(self, epoch): return self.warmup(epoch)
+
     def loss(self, logits, teacher_log_probs, labels, epoch):
         T = self.temperature
         teacher, student = (power_transform(x, temperature=T) for x in (teacher_log_probs, logits))

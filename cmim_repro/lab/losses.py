@@ -53,6 +53,10 @@ class Loss(_Checked):
     def before_step(self, forward, data, batch): "Called before each step; `forward(images)` is the network's answer."
     def observe(self, log_probs, labels, indices): "Called with the outputs of each batch, before its loss."
 
+    def of_epoch(self, epoch):
+        "What the epoch changes in the loss: a step that was recorded is good while this stays the same."
+        return epoch if self.needs_epoch else None
+
     def forward(self,
         logits: Tensor, # Of the network in training, (B, C)
         teacher_log_probs: Tensor|None, # Of the network it is compared with, (B, C); None if there is none

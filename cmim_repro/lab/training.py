@@ -294,7 +294,7 @@ class Learner(Trainee, Progress):
             batch.seed_forward()
             self.batch = batch # what the work knows beside its tensors: nothing that changes within a recording
             tensors = [t for t in (batch.images, batch.labels, batch.indices, batch.answers) if t is not None]
-            self.captured(*tensors, key=batch.epoch if self.objective.needs_epoch else None)
+            self.captured(*tensors, key=self.objective.of_epoch(batch.epoch))
         self.done = batch.step + 1
 
     def _set_rate(self, rate):
