@@ -24,7 +24,7 @@ import tarfile
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from ..attacks.core import attack
 from ..core import Invalid, Unusable, check_choice, check_number, keyed_generator, project_root
 from .cost import Timed, matmul_peak, multiply_adds, throughput, timed
 from .execution import answers_of, execute, make_network
-from .profiles import attacked, candidates, narrowed, profile, protected, smoothed
+from .profiles import attacked, candidates, names, narrowed, profile, protected, smoothed
 from .runs import Plan, canonical, make_run
 from .store import Store, provenance
 from ..lab.data.core import Crop, Facts, Flip, TensorDataSet, dataset, size_of
@@ -58,7 +58,7 @@ class Sizes:
     students: int = 8 # Of a cohort that is timed
     epoch_images: tuple = (25_000, 50_000) # Images of its epochs
     epochs: int = 30 # Of every training, unless the command says otherwise
-    weights: tuple = (2., 8.) # CMIM's weights beside the paper's
+    teachers: tuple = ('ce', 'cmim', 'cmim:8', 'cmim:2', 'ls') # Methods; CMIM's weight after a colon, else the paper's
     epsilons: int = 11 # Students with label smoothing
     attacks: tuple = ('kd', 'mkd', 'dkd', 'dist', 'htc', 'avg', 'knockoff') # Columns of Table 1
     tuned: int = 11 # Settings of each tuned attack
@@ -68,7 +68,7 @@ class Sizes:
 
 TINY = Sizes(networks=('cnn_tiny',), pairs=(('cnn_small', 'cnn_tiny'),), modes=('captured', 'eager'),
              precision='float32', batch=32, steps=1, blocks=1, images=64, students=2, epoch_images=(64, 96), epochs=1,
-             weights=(), epsilons=2, attacks=('kd', 'dkd', 'knockoff'), tuned=1, seeds=1)
+             teachers=('ce', 'cmim', 'ls'), epsilons=2, attacks=('kd', 'dkd', 'knockoff'), tuned=1, seeds=1)
 
 # %% ../../nbs/experiments/08_pilot.ipynb #ca492370
 class Over(Exception):
@@ -393,8 +393,8 @@ def images_of_a_class(
         raise Unusable(f'The {split} file in {root} has {counts[split]} images of some class; part is {part!r}, which '
                        f'needs {wanted}.')
     if part == 'half': counts['train'] = 250
-    names = {'train': 'per_class', 'test': 'test_per_class'}
-    return {names[split]: count for split, count in counts.items() if count < _PUBLISHED[split]}
+    options = {'train': 'per_class', 'test': 'test_per_class'}
+    return {options[split]: count for split, count in counts.items() if count < _PUBLISHED[split]}
 
 # %% ../../nbs/experiments/08_pilot.ipynb #22338a7c
 @dataclass(frozen=True)
@@ -412,12 +412,12 @@ class Part:
                         overrides={**overrides, **changes}).tasks[0]
 
     def teachers(self, seed):
-        "Label to run: CE, LS, CMIM with the paper's weight and with others."
-        network = self.sizes.pairs[0][0]
-        found = {'cmim': protected(self.task(), 'cmim', network, seed)}
-        found |= {method: protected(self.task(), method, network, seed) for method in ('ls', 'ce')}
-        for weight in self.sizes.weights:
-            found[f'cmim {weight:g}'] = protected(self.task(**{'cmim.weight': weight}), 'cmim', network, seed)
+        "Label to run, for each of the wanted teachers."
+        network, found = self.sizes.pairs[0][0], {}
+        for name in self.sizes.teachers:
+            method, colon, weight = name.partition(':')
+            task = self.task(**({f'{method}.weight': float(weight)} if colon else {}))
+            found[name] = protected(task, method, network, seed)
         return found
 
 
@@ -429,7 +429,7 @@ def tuned_options(
     weights = ((1., 4.), (2., 8.), (1., 1.), (1., .5))
     dkd = [{'target_weight': a, 'nontarget_weight': b, 'temperature': T}
            for (a, b), T in itertools.product(weights, (1., 2., 4.))]
-    found = {'kd': pairs, 'dkd': dkd[:11], 'standardised': attack.note('standardised', 'tuned'), 'anchored': pairs}
+    found = {'dkd': dkd[:11], 'kd': pairs, 'standardised': attack.note('standardised', 'tuned'), 'anchored': pairs}
     return {method: settings[:count] for method, settings in found.items()}
 
 # %% ../../nbs/experiments/08_pilot.ipynb #1f69d2d8
@@ -644,6 +644,8 @@ def _arguments(arguments):
     parser.add_argument('--store', required=True, help='folder of the runs')
     parser.add_argument('--out', required=True, help='folder of tables and log')
     parser.add_argument('--epochs', type=int, help='of every training; 30 if not given')
+    parser.add_argument('--teachers', default='', help='such as "ce, cmim, cmim:8, ls", CMIM with its weight')
+    parser.add_argument('--attacks', default='', help='columns of Table 1; all if not given')
     parser.add_argument('--part', default='auto', help='auto: all images that are there; half: 250 of a class; all')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda, cuda:1 ...')
     parser.add_argument('--skip', default='', help='any of tests,throughput,table')
@@ -658,6 +660,8 @@ def _read(args):
     "(desk, piece of the table, skipped parts) that the arguments mean; `Invalid` in a sentence."
     sizes = TINY if args.tiny else Sizes()
     check_number('minutes', args.minutes, 0, open_low=True)
+    if args.teachers: sizes = replace(sizes, teachers=tuple(names(args.teachers)))
+    if args.attacks: sizes = replace(sizes, attacks=tuple(names(args.attacks)))
     epochs = check_number('epochs', sizes.epochs if args.epochs is None else args.epochs, 1, integer=True)
     Settings(device=args.device).resolve()
     skipped = [name for name in args.skip.split(',') if name]
@@ -671,7 +675,7 @@ def _read(args):
 def _inside(args, desk, part):
     "Do one part in this process; its exit status."
     if args.inside == 'throughput': return measure(desk, measurements(part.sizes, args.device), args.device)
-    settings = Settings(device=args.device, capture=not args.plain, checkpoint_seconds=20.)
+    settings = Settings(device=args.device, capture=not args.plain, checkpoint_seconds=60.)
     limit = 4 if args.plain else part.sizes.limit
     try: make_part(desk, part, Store(args.store), args.data_root, settings, limit)
     except Over: desk.say('table: the time is up; what is unfinished goes on next time')
