@@ -58,8 +58,23 @@ class _Take:
             self.result = work(*self.inputs)
         self.graph = graph
 
+# %% ../../nbs/lab/04_capture.ipynb #ef2acd83
+class _Recorder:
+    "Records when it is time for it."
+    def _recorded(self, take, shapes):
+        "Record if it is time for it; is there a recording?"
+        if take.graph or not self.records or self.runs[shapes] < WARM_UP: return take.graph is not None
+        try:
+            take.record(self.work, self.lane)
+            self.void = None # until now it has kept the lane's memory, which CUDA takes back with the last recording
+        except RuntimeError as error:
+            self.records = False
+            reason = str(error).strip().splitlines()[0]
+            warnings.warn(f'This step cannot be recorded as a CUDA graph and runs as it is: {reason}', stacklevel=2)
+        return take.graph is not None
+
 # %% ../../nbs/lab/04_capture.ipynb #ab48b4a0
-class Captured:
+class Captured(_Recorder):
     "A piece of work over tensors that is recorded and replayed on a GPU, and simply run on a CPU."
     def __init__(self,
         work, # Tensors to a tensor or None; it must not depend on Python values that change
@@ -72,18 +87,6 @@ class Captured:
         self.records = active and device.type == 'cuda'
         self.lane = lane if lane and lane.stream else Lane(device)
         self.key, self.takes, self.void, self.runs = None, {}, None, Counter()
-
-    def _recorded(self, take, shapes):
-        "Record if it is time for it; is there a recording?"
-        if take.graph or not self.records or self.runs[shapes] < WARM_UP: return take.graph is not None
-        try:
-            take.record(self.work, self.lane)
-            self.void = None # until now it has kept the lane's memory, which CUDA takes back with the last recording
-        except RuntimeError as error:
-            self.records = False
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f'This step cannot be recorded as a CUDA graph and runs as it is: {reason}', stacklevel=2)
-        return take.graph is not None
 
     def __call__(self,
         *tensors, # On the device

@@ -150,7 +150,7 @@ class Batch:
         torch.default_generator.manual_seed(seed)
         if device.type == 'cuda': torch.cuda.default_generators[device.index].manual_seed(seed)
 
-
+# %% ../../nbs/lab/03_training.ipynb #85af4bfb
 def batch_loss(
     objective: Loss, # What is minimised
     logits: torch.Tensor, # Of this process's share, (B, C), with gradient
@@ -265,21 +265,9 @@ class Trainee:
         self.model.train(training)
         return result
 
-# %% ../../nbs/lab/03_training.ipynb #b5c69f2d
-class Learner(Trainee, Progress):
-    "One run inside the loop: a model, what it minimises, its optimisers, and what it has reached so far."
-    def __init__(self,
-        name: str, # For messages and progress
-        model: torch.nn.Module, # Images (or the teacher's answers) to logits
-        objective: Loss, # What it minimises, in nats
-        recipe: Recipe, # Optimisation
-        inputs: str='images', # What the model reads: images, or answers (the teacher's log-probabilities)
-        folder=None, # Where checkpoint and metrics go; None keeps nothing
-    ):
-        Trainee.__init__(self, model, objective, recipe, inputs)
-        Progress.__init__(self, name, recipe)
-        self.folder = None if folder is None else Path(folder)
-
+# %% ../../nbs/lab/03_training.ipynb #9de84f4b
+class _Steps(Trainee, Progress):
+    "What a learner does at each step."
     def start_epoch(self):
         "Fresh sums, and the loss's own preparation."
         self.clear(self.device)
@@ -317,6 +305,21 @@ class Learner(Trainee, Progress):
         loss = batch_loss(self.objective, logits, batch)
         loss.backward()
         return loss.detach(), logits.detach()
+
+# %% ../../nbs/lab/03_training.ipynb #b5c69f2d
+class Learner(_Steps):
+    "One run inside the loop: a model, what it minimises, its optimisers, and what it has reached so far."
+    def __init__(self,
+        name: str, # For messages and progress
+        model: torch.nn.Module, # Images (or the teacher's answers) to logits
+        objective: Loss, # What it minimises, in nats
+        recipe: Recipe, # Optimisation
+        inputs: str='images', # What the model reads: images, or answers (the teacher's log-probabilities)
+        folder=None, # Where checkpoint and metrics go; None keeps nothing
+    ):
+        Trainee.__init__(self, model, objective, recipe, inputs)
+        Progress.__init__(self, name, recipe)
+        self.folder = None if folder is None else Path(folder)
 
 # %% ../../nbs/lab/03_training.ipynb #87ef9f81
 def override(
@@ -430,7 +433,7 @@ def _state(learner):
             'seconds': learner.seconds, 'origin': learner.origin, 'earlier': learner.earlier,
             **{name: module and module.state_dict() for name, module in modules.items()}}
 
-
+# %% ../../nbs/lab/03_training.ipynb #ad0eed42
 def _load_optimizer(optimizer, state):
     "How it computes depends on this device, not on the one where it was saved."
     for group, saved in zip(optimizer.param_groups, state['param_groups'], strict=True):
