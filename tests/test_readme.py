@@ -124,3 +124,45 @@ def test_how_often_pairing_helps():
     said = f'varies less than either in {less} of {len(cells)} cells'
     notebook = '\n'.join(''.join(cell['source']) for cell in json.loads((ROOT/'nbs'/'report'/'02_statistics.ipynb').read_text())['cells'])
     for text in ((ROOT/'data'/'results'/'README.md').read_text(), notebook): assert said in ' '.join(text.split())
+
+
+GPU = ROOT/'data'/'results'/'gpu'
+
+
+def timed():
+    "What the README says of speed on a GPU."
+    table = pd.read_csv(GPU/'throughput.csv')
+    one = table[table['students'] == 1].set_index(['network', 'method', 'mode'])
+    networks = {'resnet18': 'ResNet-18', 'vgg16': 'VGG-16', 'resnet50': 'ResNet-50'}
+    rows = {f'{label}, {method.upper()}': (name, method) for name, label in networks.items() for method in ('ce', 'cmim')}
+    rows |= {'KD, VGG-16 to VGG-11': ('vgg11', 'kd'), 'KD, ResNet-50 to ResNet-18': ('resnet18', 'kd')}
+    for label, key in rows.items():
+        found = [one['step (ms)'].get((*key, mode)) for mode in ('captured', 'eager', 'compiled', 'compiled+captured', 'textbook')]
+        yield '| ' + label + ''.join(' | ' + ('' if ms is None else f'{ms:.2f}') for ms in found).replace('|  |', '| |').replace('|  |', '| |').rstrip() + ' |'
+    times = {mode: [one.loc[(*key, mode), 'step (ms)'] for key in (('vgg11', 'kd'), ('resnet18', 'kd'))] for mode in ('captured', 'textbook')}
+    yield 'it is {:.1f} and {:.1f} times as fast'.format(*(slow/fast for fast, slow in zip(*times.values(), strict=True)))
+    yield 'CMIM costs {:.2f}, {:.2f} and {:.2f} of CE'.format(*(one.loc[(name, 'cmim', 'captured'), 'time over CE'] for name in networks))
+    yield f"runs at {one.loc[('resnet50', 'ce', 'captured'), 'share of peak']:.0%}".replace('%', ' %')
+    [epoch] = table[(table['students'] == 8) & (table['images'] == 50_000)]['epoch (s)']
+    yield f'take {epoch:.2f} s for an epoch of 50,000 images'
+
+
+def test_speed_on_a_gpu_is_what_was_measured():
+    text = ' '.join(README.split())
+    assert [fact for fact in timed() if fact not in text] == []
+
+
+def test_the_piece_of_table_1_is_what_was_found():
+    runs = pd.read_csv(GPU/'results.csv')
+    alone = runs[(runs['method'] == 'ls') & (runs['model'] == 'vgg11')]
+    best = alone.loc[alone['held_out_accuracy'].idxmax()]
+    models = runs[runs['model'] == 'vgg16'].set_index(['method', 'options'])['accuracy']
+    weights = {json.loads(options).get('weight'): f'{value:.2%}'.replace('%', ' %') for (_, options), value in models.items()}
+    facts = [f"cross-entropy ends at {weights[None]}", f"{best['accuracy']:.2%}".replace('%', ' %')]
+    for text in (README, (ROOT/'data'/'results'/'README.md').read_text()): assert [fact for fact in facts if fact not in ' '.join(text.split())] == []
+    text = ' '.join((ROOT/'data'/'results'/'README.md').read_text().split())
+    epsilon = json.loads(best['options'])['epsilon']
+    assert f"lambda 0.5 at {weights[.5]} and with 8 at {weights[8]}, while the VGG-11 with the label smoothing that held-out images choose, {epsilon}, ends" in text
+    metrics = pd.read_csv(GPU/'metrics.csv').set_index(['run', 'epoch'])
+    [chosen] = alone[alone['options'] == '{"epsilon":0.8}']['run']
+    assert f"loss of {metrics.loc[(chosen, 1), 'train_loss']:.3f} nats on the GPU" in text

@@ -138,7 +138,7 @@ def cuda_tests(
 # %% ../../nbs/experiments/08_pilot.ipynb #06720fed
 COLUMNS = ('measurement', 'network', 'teacher', 'method', 'mode', 'students', 'precision', 'batch', 'images',
            'step (ms)', 'images/s', 'epoch (s)', 'share of peak', 'time over CE', 'peak memory (MiB)', 'device_name',
-           'torch', 'revision', 'error')
+           'torch', 'revision', 'image size', 'channels', 'classes', 'error')
 
 
 def mode_settings(
@@ -178,7 +178,7 @@ def step_rows(
     "Two rows: a training step of CE, and of CMIM."
     table = throughput(network, batch_size=sizes.batch, precision=sizes.precision, steps=sizes.steps,
                        blocks=sizes.blocks, settings=mode_settings(mode, device))
-    known = table[[name for name in table if name in COLUMNS]].assign(students=1)
+    known = table[[name for name in table if name in COLUMNS]].assign(mode=mode, students=1)
     return known.to_dict('records')
 
 # %% ../../nbs/experiments/08_pilot.ipynb #2fe8eae9

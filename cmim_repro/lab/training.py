@@ -321,6 +321,11 @@ class Learner(_Steps):
         Progress.__init__(self, name, recipe)
         self.folder = None if folder is None else Path(folder)
 
+    def finite(self):
+        "Are the sums finite? The caller waits for the device, and for the learner's lane."
+        self.lane.join()
+        return bool(self.sums.isfinite().all())
+
 # %% ../../nbs/lab/03_training.ipynb #87ef9f81
 def override(
     recipe: Recipe, # The recipe to change
@@ -490,9 +495,7 @@ class Checkpoint:
 
     def due(self, every):
         "Is it time for a checkpoint inside the epoch? Never when the loss is not finite any more."
-        if not self.writes or time.monotonic() - self.saved_at < every: return False
-        self.learner.lane.join()
-        return bool(self.learner.sums.isfinite().all())
+        return self.writes and time.monotonic() - self.saved_at >= every and self.learner.finite()
 
     def save(self, every=0.):
         "Write the checkpoint if the last one is `every` seconds old."
