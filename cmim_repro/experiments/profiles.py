@@ -260,7 +260,7 @@ def _teacher_recipe(task, network, method):
 
 def _make_teacher(task, method, network, seed, teacher=None):
     variant, options = _split_variant(task.method_options(method, network))
-    known = {'recipe': _teacher_recipe(task, network, method)}
+    known = {'recipe': _teacher_recipe(task, network, method), 'model_options': task.networks.get(network)}
     if method == 'ce' and task.pretrained: known = {'model_options': {'pretrained': True}, 'recipe': Recipe()}
     return make_run(task.data, network, method, seed=seed, data_options=task.data_options, variant=variant,
                     teacher=teacher, **known, **options)
@@ -290,7 +290,7 @@ def attacked(
     online = attack.options(method, variant, **options).get('queries') == 'online' # asks while it trains
     recipe = task.recipe('student', student, 'common' if online else method)
     return make_run(task.data, student, method, seed=teacher.seed, recipe=recipe, data_options=task.data_options,
-                    variant=variant, teacher=teacher, **options)
+                    model_options=task.networks.get(student), variant=variant, teacher=teacher, **options)
 
 
 def smoothed(
@@ -301,7 +301,7 @@ def smoothed(
 )->Run:
     "The student that is trained alone with label smoothing."
     return make_run(task.data, student, 'ls', seed=seed, recipe=task.recipe('student', student, 'ls'),
-                    data_options=task.data_options, epsilon=epsilon)
+                    data_options=task.data_options, model_options=task.networks.get(student), epsilon=epsilon)
 
 # %% ../../nbs/experiments/03_profiles.ipynb #1c767d39
 def choice_label(

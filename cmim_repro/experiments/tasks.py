@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'SLOW', 'CHOICES', 'IMAGENET_CHOICES', 'PAPER_PAIRS', 'PAPER_DEFENSES', 'MINI_CLASSES', 'MINI_RECIPE',
-           'QUICK_RECIPE', 'SMOKE_RECIPE', 'SMALL_OPTIONS', 'SMALL_RECIPES', 'TASKS', 'Task', 'paper_options',
-           'networks_for', 'paper_task', 'mini_task', 'quick_task', 'smoke_task', 'data_sets', 'task_for']
+           'QUICK_RECIPE', 'SMOKE_RECIPE', 'SMALL_OPTIONS', 'SMALL_RECIPES', 'PAIRS_DATA', 'PAIRS_TEACHER',
+           'PAIRS_STUDENT', 'TASKS', 'Task', 'paper_options', 'networks_for', 'paper_task', 'mini_task', 'quick_task',
+           'smoke_task', 'data_sets', 'task_for']
 
 # %% ../../nbs/experiments/02_tasks.ipynb #b7f29a2a
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ class Task:
     epsilons: tuple = EPSILONS # Grid of the label-smoothing student (App. G)
     options: Mapping = field(default_factory=dict) # Method to {network or '*': options}
     recipes: Mapping = field(default_factory=dict) # Network or method to changes of its recipe
+    networks: Mapping = field(default_factory=dict) # Network to its options, such as its width
     choices: Mapping = field(default_factory=dict) # Name to (recipe, changes by network): what `recipe=NAME` may choose
     pretrained: bool = False # Take the cross-entropy teachers' published weights instead of training them
 
@@ -125,6 +127,10 @@ SMALL_OPTIONS = {'cmim': {'*': {'weight': 2.}}, 'mad': {'*': {'surrogate': 'cnn_
                  'dkd': {'*': {'warmup_epochs': 1}}}
 SMALL_RECIPES = {'knockoff': {'momentum': .5, 'weight_decay': 0., 'augment': 'none'}}
 
+PAIRS_DATA = {'digits': 4, 'per_class': 120, 'test_per_class': 125, 'noise': .4, 'held_out': .25}
+PAIRS_TEACHER = replace(QUICK_RECIPE, epochs=22, weight_decay=5e-3)
+PAIRS_STUDENT = replace(QUICK_RECIPE, epochs=28, batch_size=128, weight_decay=1e-2, augment='none')
+
 # %% ../../nbs/experiments/02_tasks.ipynb #531d62ce
 def _part(data, **wanted):
     "Options for a part of a data set: those of the wanted ones that it has; at most 20 classes and its own images."
@@ -143,8 +149,15 @@ def mini_task(data, pairs=()):
                 _part(data, held_out=.1), options=SMALL_OPTIONS, recipes=SMALL_RECIPES)
 
 
+def _pairs_task(pairs):
+    "The pairs of digits in settings that decide."
+    return Task('digit_pairs', pairs or (('cnn_medium', 'cnn_tiny'),), PAIRS_TEACHER, PAIRS_STUDENT, dict(PAIRS_DATA),
+                options=SMALL_OPTIONS, recipes=SMALL_RECIPES, networks={'cnn_medium': {'width': 16}})
+
+
 def quick_task(data, pairs=()):
     "A data set in the size of the profile `quick`."
+    if data == 'digit_pairs': return _pairs_task(tuple(pairs))
     return Task(data, tuple(pairs) or (('cnn_medium', 'cnn_tiny'),), QUICK_RECIPE, QUICK_RECIPE,
                 _part(data, per_class=40, held_out=.25), options=SMALL_OPTIONS, recipes=SMALL_RECIPES)
 
