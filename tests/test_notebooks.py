@@ -138,3 +138,9 @@ def test_no_module_imports_itself_in_a_circle():
         seen.add(path.pop())
 
     for name in graph: visit(name)
+
+
+def test_the_index_shows_every_notebook():
+    "Its list is made when it is executed, so a new notebook needs `make outputs NOTEBOOKS=nbs/index.ipynb` too."
+    shown = json.dumps([cell['outputs'] for cell in cells(ROOT/'nbs'/'index.ipynb', 'code')])
+    assert [name for path in NOTEBOOKS if (name := name_of(path)) not in shown and name != 'index.ipynb'] == []
