@@ -106,7 +106,9 @@ def test_workers_may_read_images_by_processes_of_their_own(client):
     def squares():
         from torch.utils.data import DataLoader
         return [int(x) for batch in DataLoader(range(4), num_workers=1) for x in batch]
-    assert client.submit(squares, pure=False).result(60) == [0, 1, 2, 3]
+    workers = list(client.scheduler_info()['workers'])
+    assert len(workers) == 2 # each of them: one that was killed has been started anew
+    for worker in workers: assert client.submit(squares, pure=False, workers=[worker]).result(60) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize('executor, words', [

@@ -336,8 +336,8 @@ def local_client(
     specification = {i: {'cls': d.Nanny, 'options': options}
                      for i, options in enumerate(worker_options(workers, settings))}
     scheduler = {'cls': d.Scheduler, 'options': {'host': '127.0.0.1', 'port': 0, 'dashboard_address': ':0'}}
-    made = d.SpecCluster(specification, scheduler, silence_logs=logging.ERROR)
-    with dask.config.set(_PATIENCE), made as cluster, d.Client(cluster) as client: yield client
+    with dask.config.set(_PATIENCE), d.SpecCluster(specification, scheduler, silence_logs=logging.ERROR) as cluster, \
+            d.Client(cluster) as client: yield client # workers start when the cluster is made
 
 # %% ../../nbs/experiments/06_workers.ipynb #53aed72a
 def slurm_cluster(
