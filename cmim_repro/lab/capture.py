@@ -58,23 +58,13 @@ class _Take:
             self.result = work(*self.inputs)
         self.graph = graph
 
-# %% ../../nbs/lab/04_capture.ipynb #ef2acd83
-class _Recorder:
-    "Records when it is time for it."
-    def _recorded(self, take, shapes):
-        "Record if it is time for it; is there a recording?"
-        if take.graph or not self.records or self.runs[shapes] < WARM_UP: return take.graph is not None
-        try:
-            take.record(self.work, self.lane)
-            self.void = None # until now it has kept the lane's memory, which CUDA takes back with the last recording
-        except RuntimeError as error:
-            self.records = False
-            reason = str(error).strip().splitlines()[0]
-            warnings.warn(f'This step cannot be recorded as a CUDA graph and runs as it is: {reason}', stacklevel=2)
-        return take.graph is not None
+
+def _say_unrecorded(error):
+    reason = str(error).strip().splitlines()[0]
+    warnings.warn(f'This step cannot be recorded as a CUDA graph and runs as it is: {reason}', stacklevel=3)
 
 # %% ../../nbs/lab/04_capture.ipynb #ab48b4a0
-class Captured(_Recorder):
+class Captured:
     "A piece of work over tensors that is recorded and replayed on a GPU, and simply run on a CPU."
     def __init__(self,
         work, # Tensors to a tensor or None; it must not depend on Python values that change
@@ -86,7 +76,14 @@ class Captured(_Recorder):
         self.work, self.layout, self.active = work, layout, active
         self.records = active and device.type == 'cuda'
         self.lane = lane if lane and lane.stream else Lane(device)
-        self.key, self.takes, self.void, self.runs = None, {}, None, Counter()
+        self.key, self.takes, self.void, self.runs = None, {}, [], Counter()
+
+    def _record(self, take):
+        try: take.record(self.work, self.lane)
+        except RuntimeError as error:
+            self.records = False
+            _say_unrecorded(error)
+        self.void = [] # until now they have kept the lane's memory, which CUDA takes back with the last recording
 
     def __call__(self,
         *tensors, # On the device
@@ -94,12 +91,13 @@ class Captured(_Recorder):
     ):
         "What the work returns; the next call may overwrite it."
         if not self.active: return self.work(*tensors)
-        if key != self.key: self.key, self.takes, self.void = key, {}, self.takes
+        if key != self.key: self.key, self.takes, self.void = key, {}, [*self.void, *self.takes.values()]
         shapes = tuple((t.shape, t.dtype) for t in tensors)
         if shapes not in self.takes: self.takes[shapes] = _Take(tensors, self.layout)
         take = self.takes[shapes]
         take.feed(tensors)
-        if self._recorded(take, shapes):
+        if self.records and not take.graph and self.runs[shapes] >= WARM_UP: self._record(take)
+        if take.graph:
             take.graph.replay()
             return take.result
         self.runs[shapes] += 1
