@@ -15,6 +15,7 @@ NETWORKS = {
     ('paper', 'cifar100'): ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'squeezenet', 'resnext50',
                             'mobilenet', 'xception', 'densenet121'),
     ('mini', 'cifar100'): ('cnn_small', 'cnn_medium', 'resnet8'),
+    ('quick', 'digit_pairs'): ('cnn_tiny', 'cnn_small', 'cnn_medium', 'resnet8'),
     ('quick', 'digits'): ('cnn_tiny', 'cnn_small', 'cnn_medium', 'resnet8'),
     ('smoke', 'digits'): ('cnn_tiny', 'cnn_small')}
 

@@ -15,6 +15,7 @@ NETWORKS = {
     ('paper', 'tinyimagenet'): ('resnet34', 'resnet50'),
     ('paper', 'imagenet'): ('imagenet_resnet34', 'imagenet_resnet50'),
     ('mini', 'cifar100'): ('cnn_small', 'cnn_medium'),
+    ('quick', 'digit_pairs'): ('cnn_tiny', 'cnn_medium'),
     ('quick', 'digits'): ('cnn_tiny', 'cnn_medium')}
 
 

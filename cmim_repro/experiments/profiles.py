@@ -32,7 +32,7 @@ class Profile:
     workers: int = 1 # Processes on a CPU; 0 means one for each core
 
 
-PROFILES = {'smoke': {'data': ('digits',), 'seeds': 2}, 'quick': {'data': ('digits',), 'workers': 0},
+PROFILES = {'smoke': {'data': ('digits',), 'seeds': 2}, 'quick': {'data': ('digit_pairs',), 'workers': 0},
             'mini': {'data': ('cifar100',), 'workers': 0}, 'paper': {'data': ('cifar100', 'tinyimagenet', 'imagenet')}}
 
 

@@ -159,7 +159,7 @@ def draw(
 
 # %% ../../nbs/report/10_page.ipynb #8e5d6f47
 ABOUT = {'paper': "the paper's data sets, networks and recipes", 'mini': '20 classes of CIFAR-100, small networks',
-         'quick': "scikit-learn's digits, small networks",
+         'quick': "pairs of scikit-learn's digits, small networks",
          'smoke': 'a handful of digits and one epoch: shows that everything runs, its numbers mean nothing'}
 
 
