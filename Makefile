@@ -27,6 +27,8 @@ help: ## list the targets
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@echo 'Compiling what every process imports.'
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import nbdev.test, papermill, cmim_repro.report.page, torchvision, ipykernel.kernelapp, sklearn.datasets'
 	@touch $@
 
 install: .venv/.installed ## create .venv and install the project with the tested versions

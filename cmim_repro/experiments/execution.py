@@ -214,7 +214,7 @@ def _learner(run, data, store, origin):
 
 # %% ../../nbs/experiments/05_execution.ipynb #859cdf89
 def _summary(history):
-    best = max(history, key=lambda line: line['test_accuracy'])
+    best = max((line for line in history if 'test_accuracy' in line), key=lambda line: line['test_accuracy'])
     last = history[-1]
     return {'accuracy': last['test_accuracy'], 'best_accuracy': best['test_accuracy'], 'best_epoch': best['epoch'],
             'held_out_accuracy': last.get('held_out_accuracy'), 'train_accuracy': last['train_accuracy'],

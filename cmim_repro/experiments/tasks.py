@@ -128,8 +128,8 @@ SMALL_OPTIONS = {'cmim': {'*': {'weight': 2.}}, 'mad': {'*': {'surrogate': 'cnn_
 SMALL_RECIPES = {'knockoff': {'momentum': .5, 'weight_decay': 0., 'augment': 'none'}}
 
 PAIRS_DATA = {'digits': 4, 'per_class': 120, 'test_per_class': 125, 'noise': .4, 'held_out': .25}
-PAIRS_TEACHER = replace(QUICK_RECIPE, epochs=22, weight_decay=5e-3)
-PAIRS_STUDENT = replace(QUICK_RECIPE, epochs=28, batch_size=128, weight_decay=1e-2, augment='none')
+PAIRS_TEACHER = replace(QUICK_RECIPE, epochs=22, weight_decay=5e-3, evaluate_every=7)
+PAIRS_STUDENT = replace(QUICK_RECIPE, epochs=28, batch_size=128, weight_decay=1e-2, augment='none', evaluate_every=7)
 
 # %% ../../nbs/experiments/02_tasks.ipynb #531d62ce
 def _part(data, **wanted):
