@@ -8,12 +8,12 @@ __all__ = ['KD']
 # %% ../../nbs/attacks/01_kd.ipynb #e1bad522
 import torch.nn.functional as F
 
-from .core import attack, check_soft, soft_kl
+from .core import TRIES, attack, check_soft, soft_kl
 from ..lab.losses import Loss
 from ..theory.distributions import power_transform
 
 # %% ../../nbs/attacks/01_kd.ipynb #e51fd339
-@attack.register('kd', variants={'authors': {'reduction': 'elemmean'}, 'paper': {}},
+@attack.register('kd', tuned=TRIES, variants={'authors': {'reduction': 'elemmean'}, 'paper': {}},
                  paper={'*': {'weight': .9, 'temperature': 4.}, 'imagenet': {'temperature': 1.}})
 class KD(Loss):
     "Distillation (Hinton et al., 2015): (1 - weight) CE + weight T^2 KL(teacher at T || student at T)."

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .core import attack, check_soft, soft_kl
+from .core import TRIES, attack, check_soft, soft_kl
 from ..core import Invalid, check_choice, check_number, keyed_generator
 from ..lab.losses import Loss
 from ..theory.distributions import power_transform
@@ -89,7 +89,7 @@ VARIANTS = {'authors': {'transform': 'repo', 'reduction': 'elemmean', 'initial_s
             'paper': {'initial_scale': 1.}}
 
 # %% ../../nbs/attacks/02_mkd.ipynb #31895e0b
-@attack.register('mkd', variants=VARIANTS, context=('num_classes', 'seed'), paper=PAPER)
+@attack.register('mkd', variants=VARIANTS, context=('num_classes', 'seed'), paper=PAPER, tuned=TRIES)
 class MKD(Loss):
     "Markov distillation (Yang and Ye, 2022): distillation through a learnt transform of each class."
     needs_teacher = True

@@ -8,7 +8,7 @@ __all__ = ['mixture', 'SCM']
 # %% ../../nbs/attacks/08_scm.ipynb #f666fb38
 import torch
 
-from .core import attack
+from .core import TRIES, attack
 from .kd import KD
 from ..core import Invalid, check_choice, check_number
 
@@ -23,7 +23,7 @@ def mixture(
     return stacked.mean(0).log()
 
 # %% ../../nbs/attacks/08_scm.ipynb #640da071
-@attack.register('scm', label='SCM', reconstruction=True)
+@attack.register('scm', label='SCM', reconstruction=True, tuned=TRIES)
 class SCM(KD):
     "A chain of distilled students, our reconstruction of an idea of Jandial et al. (2022): the loss of one stage."
     def __init__(self,

@@ -59,7 +59,7 @@ class Rounding(nn.Module):
         return as_log_probs(rounded.scatter_add(-1, top, more)).to(log_probs.dtype)
 
 # %% ../../nbs/defenses/11_baselines.ipynb #97010a00
-@release.register('centroid', label='Centroid', fitted=True, context=('num_classes',))
+@release.register('centroid', null=True, label='Centroid', fitted=True, context=('num_classes',))
 class Centroid(nn.Module):
     "Answer the mean of the training images' answers with the same most probable class."
     def __init__(self,
@@ -86,7 +86,7 @@ class Centroid(nn.Module):
         return self.answers[log_probs.argmax(-1)].to(full_precision(log_probs).dtype)
 
 # %% ../../nbs/defenses/11_baselines.ipynb #cf49f592
-@release.register('uniform', label='Uniform')
+@release.register('uniform', label='Uniform', null=True)
 class Uniform(nn.Module):
     "Answer the uniform distribution, whatever is asked: a control, which keeps no label."
     def forward(self,
@@ -106,7 +106,7 @@ def _places(images, weights, kept):
     return (images.flatten(1).mul(64).round().long()*weights).sum(-1) % _PRIME % kept
 
 # %% ../../nbs/defenses/11_baselines.ipynb #9e6d4a31
-@release.register('shuffled', label='Shuffled', fitted=True, context=('num_classes', 'image_shape', 'seed'))
+@release.register('shuffled', label='Shuffled', null=True, fitted=True, context=('num_classes', 'image_shape', 'seed'))
 class Shuffled(nn.Module):
     "Answer what the network said about some other image with the same most probable class: a control."
     def __init__(self,

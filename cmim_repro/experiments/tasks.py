@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPES', 'SLOW', 'CHOICES', 'IMAGENET_CHOICES', 'PAPER_PAIRS', 'PAPER_DEFENSES', 'MINI_CLASSES', 'MINI_RECIPE',
            'QUICK_RECIPE', 'SMOKE_RECIPE', 'SMALL_OPTIONS', 'SMALL_RECIPES', 'PAIRS_DATA', 'PAIRS_TEACHER',
-           'PAIRS_STUDENT', 'TASKS', 'Task', 'paper_options', 'networks_for', 'paper_task', 'mini_task', 'quick_task',
-           'smoke_task', 'data_sets', 'task_for']
+           'PAIRS_DEFENSES', 'PAIRS_NULL', 'PAIRS_STUDENT', 'TASKS', 'Task', 'paper_options', 'networks_for',
+           'paper_task', 'mini_task', 'quick_task', 'smoke_task', 'data_sets', 'task_for']
 
 # %% ../../nbs/experiments/02_tasks.ipynb #b7f29a2a
 from collections.abc import Mapping
@@ -30,7 +30,9 @@ class Task:
     student_recipe: Recipe # For every student
     data_options: Mapping = field(default_factory=dict) # Options of the data set
     defenses: tuple = ('mad', 'apgp', 'rsp', 'nt', 'snt', 'st', 'ls', 'cmim') # Rows of Table 1
+    null_arms: tuple = () # Further rows: answers that know nothing of the image, to compare an attack's gain with
     attacks: tuple = ('kd', 'mkd', 'dkd', 'dist', 'htc', 'avg', 'knockoff') # Columns of Table 1
+    tuned: bool = False # Further columns: each attack with as many settings as the LS student may try
     epsilons: tuple = EPSILONS # Grid of the label-smoothing student (App. G)
     options: Mapping = field(default_factory=dict) # Method to {network or '*': options}
     recipes: Mapping = field(default_factory=dict) # Network or method to changes of its recipe
@@ -129,6 +131,8 @@ SMALL_RECIPES = {'knockoff': {'momentum': .5, 'weight_decay': 0., 'augment': 'no
 
 PAIRS_DATA = {'digits': 4, 'per_class': 120, 'test_per_class': 125, 'noise': .4, 'held_out': .25}
 PAIRS_TEACHER = replace(QUICK_RECIPE, epochs=22, weight_decay=5e-3, evaluate_every=7)
+PAIRS_DEFENSES = 'mad', 'apgp', 'rsp', 'nt', 'snt', 'st', 'ls', 'cmim:weight=0.5', 'cmim', 'cmim:weight=8'
+PAIRS_NULL = 'uniform', 'centroid', 'shuffled'
 PAIRS_STUDENT = replace(QUICK_RECIPE, epochs=28, batch_size=128, weight_decay=1e-2, augment='none', evaluate_every=7)
 
 # %% ../../nbs/experiments/02_tasks.ipynb #531d62ce
@@ -152,7 +156,8 @@ def mini_task(data, pairs=()):
 def _pairs_task(pairs):
     "The pairs of digits in settings that decide."
     return Task('digit_pairs', pairs or (('cnn_medium', 'cnn_tiny'),), PAIRS_TEACHER, PAIRS_STUDENT, dict(PAIRS_DATA),
-                options=SMALL_OPTIONS, recipes=SMALL_RECIPES, networks={'cnn_medium': {'width': 16}})
+                PAIRS_DEFENSES, PAIRS_NULL, options=SMALL_OPTIONS, recipes=SMALL_RECIPES,
+                networks={'cnn_medium': {'width': 16}})
 
 
 def quick_task(data, pairs=()):

@@ -26,7 +26,7 @@ from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, 
 from ..experiments.cost import estimate
 from ..experiments.execution import load_data, log_progress, read_settings
 from ..experiments.workers import compute, process_count, torchrun_count
-from ..experiments.profiles import parse_overrides
+from ..experiments.profiles import parse_overrides, read_seeds
 from ..experiments.profiles import profile as find_profile
 from ..experiments.runs import Plan
 from ..experiments.store import Store
@@ -90,6 +90,7 @@ def read_value(
     if isinstance(default, bool):
         if text.lower() in _SWITCH: return _SWITCH[text.lower()]
         raise Invalid(f'{name} is {value!r}; it must be True or False.')
+    if name == 'seeds': return read_seeds(value) if text != '0' else default
     if isinstance(default, (int, float)): return _number(name, text, isinstance(default, int))
     return os.path.expanduser(text) if name in FOLDERS else text
 
@@ -117,7 +118,7 @@ def repeat_command(
     "The papermill command that makes the same again, with every parameter that chose what is shown."
     words = ['papermill', f'nbs/run_{name}.ipynb', 'OUT.ipynb', '-p', 'profile', profile]
     for key, value in parameters.items():
-        if key not in HOW and value != defaults[key]: words += ['-p', key, str(value)]
+        if key not in HOW and value != defaults[key]: words += ['-p', key, str(list(value) if isinstance(value, tuple) else value)]
     return shlex.join(words)
 
 # %% ../../nbs/report/09_exhibit.ipynb #90edf93e
@@ -183,7 +184,7 @@ class Answered(Asked):
         return f"{note} {rule_note(self.entries, self.selection, self.protocol, p.get('margin'))}"
 
 # %% ../../nbs/report/09_exhibit.ipynb #3d9b36ec
-NARROWING = ('seeds', 'data_sets', 'defenses', 'attacks', 'networks', 'variant', 'overrides')
+NARROWING = ('seeds', 'data_sets', 'defenses', 'null_arms', 'attacks', 'tuned', 'networks', 'variant', 'overrides')
 
 
 class Given(Answered):

@@ -91,7 +91,7 @@ def model_entries(
             for defense in columns or dict.fromkeys(['ce', *task.defenses]):
                 for choice in candidate_weights(weights, defense):
                     settings, name = _with_options(task, defense, network, choice), choice_label(choice)
-                    for seed in range(chosen.seeds):
+                    for seed in chosen.each_seed:
                         run = protected(settings, defense, network, seed)
                         entries.append(Entry(task.data, defense, network, '', 'model', name, seed, run))
     return list(dict.fromkeys(entries))

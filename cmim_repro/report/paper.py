@@ -35,6 +35,9 @@ def label(
     name, # A name of this project, "resnet50"
 )->str:
     "How a network, data set or method is labelled: as the paper does, else by its note `label`, else by its name."
+    base, colon, options = str(name).partition(':')
+    if colon: return f"{label(base)} {options.replace(':', ' ')}"
+    if str(name).endswith(' tuned'): return f"{label(str(name).removesuffix(' tuned'))} tuned"
     plain = str(name).removeprefix('imagenet_') # torchvision's networks for ImageNet
     if plain in _PRINTED: return _PRINTED[plain]
     for registry in (dataset, model, attack, objective, release):

@@ -85,14 +85,14 @@ def _one_sided(differences, margin):
 
 def compare(
     students, # Attack to {seed: accuracy of the knockoff student}, in per cent
-    ls, # {seed: accuracy of the LS student}, in per cent
+    ls, # {seed: accuracy of the LS student}, in per cent; or attack to what it is compared with
     confidence=.95, # Two-sided confidence of the intervals
     margin=0., # Gain in points from which on an attack counts as a success
 )->pd.DataFrame:
     "For each attack: n, mean difference, sd, t and bootstrap interval, one-sided p-values, `holm`: corrected `p_up`."
     rows = {}
     for attack, runs in students.items():
-        d = paired_differences(runs, ls).to_numpy()
+        d = paired_differences(runs, ls.get(attack, ls)).to_numpy()
         low, high = t_interval(d, confidence)
         boot_low, boot_high = bootstrap_interval(d, confidence, key=(attack,))
         p_up, p_down = _one_sided(d, margin)
@@ -145,14 +145,15 @@ def paper_rule(
 
 def judge(
     students, # Attack to {seed: accuracy of the knockoff student}, in per cent
-    ls, # {seed: accuracy of the LS student}, in per cent
+    ls, # {seed: accuracy of the LS student}, in per cent; or attack to what it is compared with
     confidence=.95, # Two-sided confidence
     margin=0., # Gain in points from which on an attack counts as a success
 )->Judgement:
     "The verdict on a (teacher, student) pair, with the table it rests on, its reason, and the paper's rule beside it."
     if not students: return Judgement(compare({}, ls), 'undecided', 'No attack has been run.', '')
     table = compare(students, ls, confidence, margin)
-    return Judgement(table, *_verdict(table, confidence, margin), paper_rule(students, ls))
+    one_base = not any(attack in ls for attack in students)
+    return Judgement(table, *_verdict(table, confidence, margin), paper_rule(students, ls) if one_base else '')
 
 # %% ../../nbs/report/02_statistics.ipynb #83fddf92
 def power(

@@ -67,7 +67,7 @@ def study_values(
 # %% ../../nbs/report/08_sweeps.ipynb #f3a2654e
 def _value_entries(chosen, options):
     for task in narrowed(chosen, overrides={f'cmim.{k}': v for k, v in options.items()}).tasks:
-        for seed in range(chosen.seeds):
+        for seed in chosen.each_seed:
             for network, student in task.pairs:
                 teacher, name = protected(task, 'cmim', network, seed), choice_label(options)
                 yield Entry(task.data, 'cmim', network, '', 'model', name, seed, teacher)
@@ -96,7 +96,7 @@ def study_entries(
             options = {study.option: value, **({'naive_exp': True} if naive else {})}
             entries += _value_entries(chosen, options)
     for task in chosen.tasks:
-        for seed in range(chosen.seeds): entries += _smoothed_entries(task, seed)
+        for seed in chosen.each_seed: entries += _smoothed_entries(task, seed)
     return list(dict.fromkeys(entries))
 
 # %% ../../nbs/report/08_sweeps.ipynb #ca1a89aa
