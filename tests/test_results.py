@@ -88,3 +88,42 @@ def test_resampled_images_are_augmented_as_those_of_training(augment):
     batch = Batch(torch.zeros(6, 1, 2, 2), labels, torch.arange(6), None, 0, 0, 0, augment=augment)
     ResampleBank(labels, 3, 2, per_class=2).before_step(lambda images: torch.zeros(len(images), 3).log_softmax(1), Data(), batch)
     assert asked == [augment]
+
+
+def row(defense, column, level, spread=.1, choice='', held_out=None):
+    accuracies = [level + spread*(seed % 3) for seed in range(5)]
+    return [{**line(column, seed, accuracy, choice, held_out or level), 'defense': defense} for seed, accuracy in enumerate(accuracies)]
+
+
+def test_a_gain_that_a_null_arm_has_too_is_no_knowledge():
+    "DKD gains five points from anything, KD two from the teacher alone; what DKD gains beyond its null arms is half a point less."
+    rows = row('ce', 'ls', 70., .2) + row('ce', 'dkd', 75.) + row('ce', 'kd', 72.)
+    rows += row('shuffled', 'ls', 70., .2) + row('shuffled', 'dkd', 75.5, .3) + row('shuffled', 'kd', 66., .3)
+    rows += row('uniform', 'ls', 70., .2) + row('uniform', 'dkd', 60., .3) + row('uniform', 'kd', 65., .3)
+    found = verdicts(pd.DataFrame(rows)).set_index('defense')
+    assert found.loc['ce', ['verdict', 'knowledge']].tolist() == ['distillable', 'distillable']
+    assert found.loc['ce', 'knowledge: why'].startswith('KD gains')
+    without = verdicts(pd.DataFrame([r for r in rows if r['column'] != 'kd'])).set_index('defense')
+    assert without.loc['ce', ['verdict', 'knowledge']].tolist() == ['distillable', 'undistillable']
+    assert without.loc['shuffled', ['verdict', 'knowledge']].tolist() == ['distillable', ''] # it is what others are compared with
+
+
+def test_without_null_arms_nothing_is_said_of_knowledge():
+    assert verdicts(pd.DataFrame(row('ce', 'ls', 70.) + row('ce', 'kd', 72.)))['knowledge'].tolist() == ['']
+
+
+def test_the_null_arm_is_chosen_on_held_out_images():
+    "The test images prefer the null arm, the held-out ones LS: the gain is over LS."
+    rows = row('ce', 'ls', 70., .2, held_out=80.) + row('ce', 'kd', 72.) + row('uniform', 'ls', 70., .2, held_out=80.)
+    rows += row('uniform', 'kd', 75., held_out=60.)
+    assert verdicts(pd.DataFrame(rows)).set_index('defense').loc['ce', 'knowledge'] == 'distillable'
+
+
+def test_tuned_attacks_are_judged_in_a_line_of_their_own():
+    "Their settings are chosen on held-out images, and compared with tuned null arms."
+    rows = row('ce', 'ls', 70., .2) + row('ce', 'kd', 69.) + row('ce', 'kd tuned', 69., .1, 'weight=0.9') + row('ce', 'kd tuned', 73., .1, 'weight=0.1')
+    rows += row('uniform', 'ls', 70., .2) + row('uniform', 'kd', 60.) + row('uniform', 'kd tuned', 74., .2)
+    found = verdicts(pd.DataFrame(rows)).set_index(['defense', 'attacks'])
+    assert found['verdict'].loc['ce'].to_dict() == {'as printed': 'undistillable', 'tuned': 'distillable'}
+    assert found['knowledge'].loc['ce'].to_dict() == {'as printed': 'undistillable', 'tuned': 'undistillable'}
+    assert 'KD tuned' in found.loc[('ce', 'tuned'), 'why']
