@@ -41,7 +41,7 @@ TUNED = [dict(zip(_NAMES, values, strict=True)) for values in [
     (1., 4., 4.), (2., 8., 4.), (1., 8., 4.), (1., 2., 4.), (1., 1., 4.), (1., 2., 2.), (1., 4., 2.), (1., 8., 2.),
     (1., 1., 1.), (1., 4., 1.), (.2, 2., 4.)]] # eleven, as many as the LS student has
 
-
+# %% ../../nbs/attacks/03_dkd.ipynb #bbb37832
 @attack.register('dkd', grid=GRID, tuned=TUNED, paper={'*': {'temperature': 4.}, 'imagenet': {'temperature': 1.}},
                  variants={
     'authors': {'ce_weight': 0., 'warmup_epochs': 0, 'nontarget_weight': 4.}, 'paper': {'nontarget_weight': 4.}})

@@ -59,7 +59,7 @@ def draw(frame, picked, margin=0., protocol='last')->Table:
     known = judged['knowledge'].ne('').any()
     for key, row in student_rows(picked):
         if key[0] != section: rows.append(section := key[0])
-        said, runs, cells = judged[(judged[PLACE] == list(key)).all(1)].set_index('attacks'), runs_of(row), []
+        said, runs, cells = judged[(judged[PLACE] == list(key)).all(axis=1)].set_index('attacks'), runs_of(row), []
         for name, columns in groups.items():
             line = _line(key, runs, columns, said.loc[name, 'verdict'])
             cells += [*line[bool(cells):], *([said.loc[name, 'knowledge']] if known else [])]

@@ -118,7 +118,8 @@ def repeat_command(
     "The papermill command that makes the same again, with every parameter that chose what is shown."
     words = ['papermill', f'nbs/run_{name}.ipynb', 'OUT.ipynb', '-p', 'profile', profile]
     for key, value in parameters.items():
-        if key not in HOW and value != defaults[key]: words += ['-p', key, str(list(value) if isinstance(value, tuple) else value)]
+        if isinstance(value, tuple): value = list(value)
+        if key not in HOW and value != defaults[key]: words += ['-p', key, str(value)]
     return shlex.join(words)
 
 # %% ../../nbs/report/09_exhibit.ipynb #90edf93e

@@ -39,12 +39,13 @@ def _pair_entries(task, defense, network, student, seed):
 
 def student_entries(
     chosen: Profile, # A profile, perhaps narrowed
-    reference: bool=True, # Add the undefended cross-entropy row
+    reference: bool=True, # Add what others are compared with: the undefended row, and the null arms
 )->list:
     "All `Entry`s of Table 1: protected models, their students under every attack, and the students' label smoothing."
     entries = []
     for task in chosen.tasks:
-        defenses = dict.fromkeys([*(['ce'] if reference else []), *task.defenses, *task.null_arms])
+        around = (['ce'], task.null_arms) if reference else ([], [])
+        defenses = dict.fromkeys([*around[0], *task.defenses, *around[1]])
         for seed in chosen.each_seed:
             for defense in defenses:
                 for network, student in task.pairs: entries += _pair_entries(task, defense, network, student, seed)
@@ -158,7 +159,7 @@ def _bases(picked, arms):
         if rivals: found[column] = by_seed(max(rivals, key=lambda lines: lines['held_out'].mean()), 'judged')
     return found
 
-
+# %% ../../nbs/report/06_results.ipynb #78c3cf2e
 def _judged(row, arms, margin, protocol):
     "What is said of one row by its lines."
     printed = runs_of(chosen(row, 'paper', protocol))
