@@ -113,7 +113,7 @@ def operations(
     found = {'training': 6*own*images*recipe.epochs, 'evaluation': 2*own*tests*recipe.epochs, 'answers': kept}
     if run.method == 'cmim': found['cmim'] = _cmim(run, own, size)*recipe.epochs
     if run.teacher:
-        asked = images*(1 if recipe.augment == 'none' else recipe.epochs)
+        asked = images*(1 if recipe.augment == 'none' and not run.options.get('mixing') else recipe.epochs)
         if run.kind == 'release': asked += tests*recipe.epochs
         found['teacher'] = 2*sum(answer_work(other, size) for other in heard_by(run))*asked
     return found

@@ -243,7 +243,7 @@ def _stream(run):
     "What runs of one cohort have in common."
     if not run.trains: return (run.id,)
     heard, r = tuple(other.id for other in heard_by(run)), run.recipe
-    queries = run.options.get('transfer'), run.options.get('budget') # of attacks that query images of their own
+    queries = [run.options.get(name) for name in ('transfer', 'budget', 'mixing')] # of attacks with images of their own
     return run.data, canonical(run.data_options), run.seed, heard, r.epochs, r.batch_size, r.augment, *queries
 
 

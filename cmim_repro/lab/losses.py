@@ -17,13 +17,24 @@ class _Checked(nn.Module):
     needs_teacher = False # Does it want the log-probabilities of another network?
     needs_labels = True # Must the labels be there?
     needs_epoch = False # Must the epoch be there, because the loss changes with it?
+    mixing = None # a of Beta(a, a), where it learns from mixtures of two images; labels are (B, C) then
     sums_over_processes = False # Does it want this process's rows alone, because it adds up sums itself?
     values_checked = False # Set by the training loop after its first batch: from then on only shapes are checked
 
     def check_values(self, logits, teacher_log_probs, labels):
         "Refuse answers that are no log-distributions and labels that are no classes; waits for the device."
         if self.needs_teacher: check_log_probs(teacher_log_probs, 'teacher_log_probs')
-        if self.needs_labels: check_labels(labels, logits.shape[1])
+        if self._are_mixed(labels): check_log_probs(labels.log(), 'the logarithms of mixed labels')
+        elif self.needs_labels: check_labels(labels, logits.shape[1])
+
+    def _are_mixed(self, labels): return self.mixing is not None and labels is not None and labels.ndim == 2
+
+    def _check_shapes(self, logits, labels):
+        mixed = self._are_mixed(labels)
+        check_batch(logits, None if mixed else labels)
+        if not mixed or (labels.shape == logits.shape and labels.is_floating_point()): return
+        raise Invalid(f'mixed labels have shape {tuple(labels.shape)} and type {labels.dtype}; they must be '
+                      f'probabilities of shape {tuple(logits.shape)}.')
 
     def _check_present(self, logits, labels, epoch):
         name = type(self).__name__
@@ -60,11 +71,11 @@ class Loss(_Checked):
     def forward(self,
         logits: Tensor, # Of the network in training, (B, C)
         teacher_log_probs: Tensor|None, # Of the network it is compared with, (B, C); None if there is none
-        labels: Tensor|None, # Class indices, (B,)
+        labels: Tensor|None, # Class indices, (B,); where `mixing` is set, probabilities (B, C) too
         epoch: int|None=None, # From 0; for those losses that change with it
     )->Tensor:
         "The loss, a scalar in nats."
-        check_batch(logits, labels)
+        self._check_shapes(logits, labels)
         self._check_present(logits, labels, epoch)
         logits = full_precision(logits)
         answers = self._answers(logits, teacher_log_probs) if self.needs_teacher else None

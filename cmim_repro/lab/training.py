@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'learning_rate', 'Settings', 'cpu_threads', 'keep_freed_memory', 'Batch', 'batch_loss', 'Progress', 'sgd',
-           'take_step', 'Trainee', 'Learner', 'override', 'initialised', 'evaluate', 'remembered', 'train_epoch',
-           'Checkpoint', 'place_all', 'train', 'backward_in_parts', 'agree']
+           'take_step', 'Trainee', 'Learner', 'override', 'initialised', 'evaluate', 'remembered', 'mixtures',
+           'train_epoch', 'Checkpoint', 'place_all', 'train', 'backward_in_parts', 'agree']
 
 # %% ../../nbs/lab/03_training.ipynb #f1d4e749
 import ctypes
@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -152,9 +153,15 @@ class Batch:
     step: int # From 0 within the epoch
     shares: tuple = () # Images that each process has; empty when this one has all
     augment: str = 'standard' # How the images were augmented
+    targets: torch.Tensor|None = None # (B, C) labels as probabilities, where images are mixtures of two, or None
 
     @property
     def size(self): return sum(self.shares) or len(self.labels) # images in all processes
+
+    def tensors(self):
+        "Name to tensor, of those that are there."
+        found = {name: getattr(self, name) for name in ('images', 'labels', 'indices', 'answers', 'targets')}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def seed_forward(self, part=0):
         "Draw the random numbers of a forward pass from the key of this step."
@@ -175,11 +182,12 @@ def batch_loss(
     whole = whole_batch(logits, sizes)
     labels, indices = gather_over_processes(batch.labels, batch.indices, sizes=sizes)
     if not objective.values_checked:
-        objective.check_values(logits, answers, batch.labels)
+        objective.check_values(logits, answers, batch.labels if batch.targets is None else batch.targets)
         objective.values_checked = True
     objective.observe(F.log_softmax(whole.detach(), -1), labels, indices)
     if objective.sums_over_processes: return objective(logits, answers, batch.labels, epoch=batch.epoch)
     if answers is not None: [answers] = gather_over_processes(answers, sizes=sizes)
+    if batch.targets is not None: [labels] = gather_over_processes(batch.targets, sizes=sizes)
     return objective(whole, answers, labels, epoch=batch.epoch)
 
 # %% ../../nbs/lab/03_training.ipynb #261ec474
@@ -299,17 +307,16 @@ class _Steps(Trainee, Progress):
             self.objective.before_step(self.log_probs, data, batch)
             batch.seed_forward()
             self.batch = batch # what the work knows beside its tensors: nothing that changes within a recording
-            tensors = [t for t in (batch.images, batch.labels, batch.indices, batch.answers) if t is not None]
-            self.captured(*tensors, key=self.objective.of_epoch(batch.epoch))
+            self.captured(*batch.tensors().values(), key=self.objective.of_epoch(batch.epoch))
         self.done = batch.step + 1
 
     def _set_rate(self, rate):
         if self.rate is not None: self.rate.fill_(rate)
         for group in self.optimizer.param_groups: group['lr'] = rate if self.rate is None else self.rate
 
-    def work(self, images, labels, indices, answers=None):
+    def work(self, *tensors):
         "All of a step that the device does."
-        batch = replace(self.batch, images=images, labels=labels, indices=indices, answers=answers)
+        batch = replace(self.batch, **dict(zip(self.batch.tensors(), tensors, strict=True)))
         for optimizer in self.optimizers(): optimizer.zero_grad(set_to_none=True)
         loss, logits = self.backward(batch)
         if processes() > 1: agree(self)
@@ -408,26 +415,49 @@ def remembered(
 def _nothing(images, indices): "Nobody wants answers."
 
 
-def _asking(learners, data, teacher, augment):
+def _asking(learners, data, teacher, augment, mixing=None):
     "The function (images, positions) -> answers that these learners need."
     wanted = any(learner.objective.needs_teacher or learner.inputs == 'answers' for learner in learners)
     if teacher is None or not wanted: return _nothing
-    if augment == 'none':
+    if augment == 'none' and mixing is None:
         table = remembered(teacher, data)
         return lambda images, indices: table[indices]
     return torch.no_grad()(lambda images, indices: teacher(images))
 
+# %% ../../nbs/lab/03_training.ipynb #1cb6622b
+def mixtures(
+    images: torch.Tensor, # (B, channels, height, width), this process's share
+    labels: torch.Tensor, # (B,) class indices
+    num_classes: int, # C
+    mixing: float, # a of Beta(a, a), above 0
+    key: tuple, # Of the random numbers
+    shares: tuple=(), # Images that each process has; empty when this one has all
+)->tuple:
+    "Each image mixed with another of the whole batch, and their labels as probabilities (B, C)."
+    whole, classes = gather_over_processes(images, labels, sizes=shares)
+    draw, start = np.random.default_rng(keyed_seed(*key)), sum(shares[:process_rank()])
+    partners, kept = draw.permutation(len(whole)), draw.beta(mixing, mixing, len(whole))
+    mine = slice(start, start + len(images))
+    other = torch.from_numpy(partners[mine]).to(images.device)
+    kept = torch.from_numpy(np.maximum(kept, 1 - kept)[mine]).to(images.device, images.dtype)
+    hot = (classes[:, None] == torch.arange(num_classes, device=classes.device)).to(images.dtype)
+    return (torch.lerp(whole[other], images, kept[:, None, None, None]),
+            torch.lerp(hot[other], hot[mine], kept[:, None]))
+
 # %% ../../nbs/lab/03_training.ipynb #f66611eb
-def _stream(data, recipe, seed, epoch, start, answers):
+def _stream(data, recipe, seed, epoch, start, answers, mixing):
     "The epoch's batches from step `start` on, and the number of steps."
     size, steps = data.size('train'), data.steps('train', recipe.batch_size, processes())
     batches = data.batches('train', recipe.batch_size, augment=recipe.augment, shuffle=True, seed=seed, epoch=epoch,
                            start=start, rank=process_rank(), world=processes())
     for step, (images, labels, indices) in enumerate(batches, start):
         whole = recipe.batch_size if step < steps - 1 else size - step*recipe.batch_size
-        shares = share_sizes(whole)
+        shares, targets = share_sizes(whole), None
+        if mixing is not None:
+            key = (seed, 'mixing', epoch, step)
+            images, targets = mixtures(images, labels, data.num_classes, mixing, key, shares)
         given = answers(images, indices)
-        yield Batch(images, labels, indices, given, seed, epoch, step, shares, recipe.augment), steps
+        yield Batch(images, labels, indices, given, seed, epoch, step, shares, recipe.augment, targets), steps
 
 
 def train_epoch(
@@ -441,7 +471,7 @@ def train_epoch(
     for learner in learners:
         if not learner.done: learner.start_epoch()
     first, start = learners[0], min(learner.done for learner in learners)
-    for batch, steps in _stream(data, first.recipe, seed, first.epoch, start, answers):
+    for batch, steps in _stream(data, first.recipe, seed, first.epoch, start, answers, first.objective.mixing):
         for learner in learners: learner.lane.join() # the batch was made while they were at work on the one before
         for learner in learners:
             if learner.done <= batch.step: learner.step(batch, data, steps)
@@ -545,7 +575,7 @@ def place_all(
 
 # %% ../../nbs/lab/03_training.ipynb #fa5a1ff6
 def train(
-    learners: list, # `Learner`s that share batch size, augmentation and number of epochs
+    learners: list, # `Learner`s that share batch size, augmentation, mixing and number of epochs
     data, # A data set (`lab.data`), on the device
     seed: int, # Seed of the stream of batches
     teacher=None, # Images to the log-probabilities the black box releases, or None
@@ -553,13 +583,13 @@ def train(
     on_epoch=None, # Called as on_epoch(learner) whenever a learner has finished an epoch
 ):
     "Train all learners to the end of their recipe, each from its checkpoint if it has one."
-    recipes = [learner.recipe for learner in learners]
-    [(epochs, _, augment)] = {(recipe.epochs, recipe.batch_size, recipe.augment) for recipe in recipes}
+    shared = [(one.recipe.epochs, one.recipe.batch_size, one.recipe.augment, one.objective.mixing) for one in learners]
+    [(epochs, _, augment, mixing)] = set(shared)
     device = settings.resolve()
     keep_freed_memory()
     checkpoints = [Checkpoint(learner) for learner in place_all(learners, device, settings)]
     for checkpoint in checkpoints: checkpoint.restore()
-    answers = _asking(learners, data, teacher, augment)
+    answers = _asking(learners, data, teacher, augment, mixing)
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         for epoch in range(min(learner.epoch for learner in learners), epochs):
             active = [c for c in checkpoints if c.learner.epoch == epoch and not c.learner.diverged]
