@@ -22,7 +22,7 @@ from cmim_repro.lab.training import Learner, Recipe, Settings, initialised, trai
 DIGITS = {'per_class': 32, 'test_per_class': 10}
 RECIPE = Recipe(epochs=2, batch_size=40, lr=.05)
 TEACHERS = {'ce': {}, 'ls': {}, **{f'cmim {bank}': {'centroids': bank, 'weight': 1., 'count': 5, 'every': 2} for bank in ('memory', 'resample', 'batch')}}
-STUDENTS = ('kd', 'mkd', 'dkd', 'dist', 'avg', 'knockoff', 'standardised', 'amplified')
+STUDENTS = ('kd', 'mkd', 'dkd', 'dist', 'avg', 'knockoff', 'standardised', 'amplified', 'extra')
 
 
 def network(seed):
