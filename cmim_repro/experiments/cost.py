@@ -112,6 +112,8 @@ def operations(
     if not run.trains: return {'answers': kept}
     found = {'training': 6*own*images*recipe.epochs, 'evaluation': 2*own*tests*recipe.epochs, 'answers': kept}
     if run.method == 'cmim': found['cmim'] = _cmim(run, own, size)*recipe.epochs
+    if 'shadow' in run.options: # a network that the thief trains beside the student
+        found['shadow'] = 6*multiply_adds(run.options['shadow'], {}, size)*images*run.options['shadow_epochs']
     if run.teacher:
         asked = images*(1 if recipe.augment == 'none' and not run.options.get('mixing') else recipe.epochs)
         if run.kind == 'release': asked += tests*recipe.epochs

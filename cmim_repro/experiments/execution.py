@@ -60,7 +60,8 @@ def make_method(
     registry = registry_of(run.method)
     facts = {'num_classes': data.num_classes, 'seed': run.seed, 'image_shape': tuple(data.image_shape),
              'class_names': data.class_names, 'superclasses': data.superclasses, 'wordnet_ids': data.wordnet_ids,
-             'train_labels': data.labels('train')}
+             'train_labels': data.labels('train'), 'victim': run.teacher,
+             'releases': release}
     facts = {fact: value for fact, value in facts.items() if fact in registry.context(run.method)}
     return initialised(lambda: registry(run.method, **run.options, **facts), run.seed, 'method')
 

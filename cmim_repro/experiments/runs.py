@@ -44,6 +44,12 @@ def registry_of(
     "The registry that makes `method`."
     return _KINDS[kind_of(method)]
 
+
+def _trains(method):
+    "Does it train anything? Most releases do not, nor does a training method whose note `trains` says so."
+    registry, is_release = registry_of(method), kind_of(method) == 'release'
+    return registry.note(method, 'recipe') is not None if is_release else registry.note(method, 'trains', True)
+
 # %% ../../nbs/experiments/01_runs.ipynb #22ce0730
 def _plain(value):
     if isinstance(value, Mapping): return {str(k): _plain(v) for k, v in value.items()}
@@ -104,9 +110,8 @@ class Run:
 
     @cached_property
     def trains(self):
-        "Is there anything to train? Not for most releases, nor for downloaded weights."
-        if self.kind == 'release': return release.note(self.method, 'recipe') is not None
-        return not (self.method == 'ce' and self.model_options.get('pretrained'))
+        "Is there anything to train? Not for most releases, nor for downloaded or initial weights."
+        return _trains(self.method) and not (self.method == 'ce' and self.model_options.get('pretrained'))
 
     @cached_property
     def depth(self):
@@ -135,9 +140,8 @@ def make_run(
     needs_teacher = kind_of(method) != 'training' or registry.entry(method).needs_teacher
     if needs_teacher and teacher is None: raise Invalid(f'{method} needs a teacher: the run whose answers it works on.')
     if not needs_teacher and teacher is not None: raise Invalid(f'{method} is trained on its own; it takes no teacher.')
-    if kind_of(method) == 'release':
-        if registry.note(method, 'recipe') is None: recipe = Recipe()
-        model_name, model_options = teacher.model, teacher.model_options
+    if not _trains(method): recipe = Recipe()
+    if kind_of(method) == 'release': model_name, model_options = teacher.model, teacher.model_options
     model_options = model.options(model_name, **(model_options or {}))
     data_options, model_options, options = (json.loads(canonical(o)) for o in (data_options, model_options, options))
     run = Run(data, model_name, method, seed, recipe or Recipe(), data_options, model_options, options, teacher)
@@ -207,7 +211,8 @@ def chain_answers(
 
 # %% ../../nbs/experiments/01_runs.ipynb #09c055e5
 _PRETENDED = {'num_classes': 4, 'seed': 0, 'image_shape': (3, 32, 32), 'class_names': ['a', 'b', 'c', 'd'],
-              'superclasses': [0, 0, 1, 1], 'wordnet_ids': None, 'train_labels': torch.arange(20_000) % 4}
+              'superclasses': [0, 0, 1, 1], 'wordnet_ids': None, 'train_labels': torch.arange(20_000) % 4,
+              'releases': release}
 
 
 def check_options(
