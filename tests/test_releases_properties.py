@@ -14,12 +14,13 @@ quick = settings(max_examples=40, deadline=None)
 CHOICES = [('identity', {}), ('st', {}), ('st', {'ratio': .4}), ('rsp', {}), ('rsp', {'variant': 'authors'}), ('rsp', {'variant': 'paper'}),
            ('rsp', {'magnitude': 7.}), ('mad', {}), ('mad', {'oracle': 'extreme'}), ('mad', {'norm': 'l2', 'objmax': False}),
            ('mad', {'optimiser': 'project', 'budget': .3}), ('apgp', {}), ('apgp', {'variant': 'paper'}),
-           ('top1', {}), ('top1', {'epsilon': .3}), ('rounding', {}), ('rounding', {'digits': 1}), ('centroid', {}), ('shuffled', {}), ('uniform', {})]
+           ('top1', {}), ('top1', {'epsilon': .3}), ('rounding', {}), ('rounding', {'digits': 1}), ('centroid', {}), ('shuffled', {}), ('uniform', {}),
+           ('mixed', {}), ('mixed', {'digits': 1})]
 
 
 def made(name, options, classes):
     facts = {'mad': {'num_classes': classes, 'image_shape': (1, 8, 8), 'surrogate': 'cnn_tiny'}, 'apgp': {'num_classes': classes, 'hidden': 8},
-             'centroid': {'num_classes': classes}, 'shuffled': {'num_classes': classes, 'image_shape': (1, 8, 8)}}
+             'centroid': {'num_classes': classes}, 'mixed': {'num_classes': classes}, 'shuffled': {'num_classes': classes, 'image_shape': (1, 8, 8)}}
     return release(name, **options, **facts.get(name, {}))
 
 
@@ -120,7 +121,7 @@ def test_names_of_classes_do_not_matter_to_apgp(classes, rows, seed):
 
 
 KEEP_TOP = [('identity', {}), ('st', {}), ('st', {'ratio': .4}), ('mad', {}), ('mad', {'budget': 2.}), ('mad', {'norm': 'l2', 'objmax': False}),
-            ('top1', {}), ('top1', {'epsilon': .3}), ('rounding', {}), ('rounding', {'digits': 1}), ('centroid', {}), ('shuffled', {})]
+            ('top1', {}), ('top1', {'epsilon': .3}), ('rounding', {}), ('rounding', {'digits': 1}), ('centroid', {}), ('shuffled', {}), ('mixed', {}), ('mixed', {'digits': 1})]
 
 
 @pytest.mark.parametrize('name, options', KEEP_TOP)
@@ -186,13 +187,13 @@ def test_stingy_keeps_the_largest(log_probs, ratio):
 
 
 @pytest.mark.parametrize('batch', [torch.zeros(0, 3), torch.zeros(3, 1), torch.zeros(3)])
-@pytest.mark.parametrize('name', ['identity', 'st', 'rsp', 'mad', 'apgp', 'top1', 'rounding', 'centroid', 'shuffled', 'uniform'])
+@pytest.mark.parametrize('name', ['identity', 'st', 'rsp', 'mad', 'apgp', 'top1', 'rounding', 'centroid', 'shuffled', 'uniform', 'mixed'])
 def test_bad_shapes_are_refused(name, batch):
     with pytest.raises(Invalid, match='log-probabilities have shape'): made(name, {}, 3)(batch, torch.zeros(3, 1, 8, 8))
 
 
 def test_every_defence_has_a_name_and_both_halves():
-    releases = {'st', 'rsp', 'mad', 'apgp', 'top1', 'rounding', 'centroid', 'shuffled', 'uniform'}
+    releases = {'st', 'rsp', 'mad', 'apgp', 'top1', 'rounding', 'centroid', 'shuffled', 'uniform', 'mixed'}
     assert {'ce', 'ls', 'nt', 'snt', 'cmim', *releases} <= set(defense_names())
     facts = {'num_classes': 4, 'image_shape': (3, 32, 32), 'seed': 0}
     for name in ('ce', 'ls', 'nt', 'snt', *releases):
