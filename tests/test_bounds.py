@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_releases_properties import answers, is_distribution
 
 from cmim_repro.attacks.amplified import Amplified, ClassMoments, centred_log_probs
+from cmim_repro.attacks.core import attack
 from cmim_repro.attacks.dist import DIST
 from cmim_repro.attacks.standardised import z_scores
 from cmim_repro.core import Invalid
@@ -160,6 +161,36 @@ def test_what_the_losses_do_not_see(sample, a):
         thief.moments.update(centred_log_probs(p), labels)
         seen.append(thief.target(p, labels).exp())
     torch.testing.assert_close(*seen, rtol=0, atol=.02)
+
+
+# ---- the thief who undoes it
+
+@quick
+@given(clusters(), st.sampled_from([1., .1, .01]))
+def test_the_thief_finds_the_networks_answers_after_one_epoch(sample, t):
+    "And then does what KD does with them; before, what KD does with the answers as they stand."
+    log_q, labels = sample
+    predicted, classes = log_q.argmax(1), log_q.shape[1]
+    hidden = mixed(log_q, own_centroids(log_q, predicted), t)
+    z = torch.randn(log_q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    thief, labels, kd = attack('unmixed', share=t, num_classes=classes), labels % classes, attack('kd')
+    for part in torch.arange(len(z)).split(5):
+        heard = thief(z[part], hidden[part], labels[part], epoch=0)
+        torch.testing.assert_close(heard, kd(z[part], hidden[part], labels[part]))
+    torch.testing.assert_close(thief.undone(hidden).exp(), log_q.exp(), rtol=0, atol=1e-11)
+    torch.testing.assert_close(thief(z, hidden, labels, epoch=1), kd(z, log_q, labels), rtol=1e-4, atol=1e-6)
+
+
+def test_the_thief_by_hand():
+    "Three answers with the mean (.5, .3, .2); their residuals times four, and the divergence from uniform logits."
+    heard = torch.tensor([[.6, .25, .15], [.5, .32, .18], [.4, .33, .27]], dtype=torch.float64)
+    thief = attack('unmixed', share=.25, weight=1., temperature=1., num_classes=3)
+    z, labels = torch.zeros(3, 3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
+    thief(z, heard.log(), labels, epoch=0)
+    undone = [[.9, .1, 0], [.5, .38, .12], [.1, .42, .48]]
+    torch.testing.assert_close(thief.undone(heard.log()).exp(), torch.tensor(undone, dtype=torch.float64))
+    expected = sum(math.log(3) + sum(p*math.log(p) for p in row if p) for row in undone)/3
+    assert thief(z, heard.log(), labels, epoch=1).item() == pytest.approx(expected)
 
 
 # ---- the release
