@@ -69,7 +69,7 @@ def canonical(
     return json.dumps(_plain(value), sort_keys=True, separators=(',', ':'), allow_nan=False)
 
 # %% ../../nbs/experiments/01_runs.ipynb #ce639e6e
-_ADDED = ('micro_batch', 'processes', 'evaluate_every') # came later: recipes without them keep their ids
+_ADDED = ('micro_batch', 'processes', 'evaluate_every', 'fused') # came later: recipes without them keep their ids
 
 
 def _described(recipe):

@@ -133,7 +133,8 @@ PAIRS_DATA = {'digits': 4, 'per_class': 120, 'test_per_class': 125, 'noise': .4,
 PAIRS_TEACHER = replace(QUICK_RECIPE, epochs=22, weight_decay=5e-3, evaluate_every=7)
 PAIRS_DEFENSES = 'mad', 'apgp', 'rsp', 'nt', 'snt', 'st', 'ls', 'cmim:weight=0.5', 'cmim', 'cmim:weight=8'
 PAIRS_NULL = 'uniform', 'centroid', 'shuffled'
-PAIRS_STUDENT = replace(QUICK_RECIPE, epochs=28, batch_size=128, weight_decay=1e-2, augment='none', evaluate_every=7)
+PAIRS_STUDENT = replace(QUICK_RECIPE, epochs=28, batch_size=128, weight_decay=1e-2, augment='none', evaluate_every=7,
+                        fused=8)
 
 # %% ../../nbs/experiments/02_tasks.ipynb #531d62ce
 def _part(data, **wanted):

@@ -8,6 +8,7 @@ __all__ = ['Recipe', 'learning_rate', 'Settings', 'cpu_threads', 'keep_freed_mem
            'train_epoch', 'Checkpoint', 'place_all', 'train', 'backward_in_parts', 'agree']
 
 # %% ../../nbs/lab/03_training.ipynb #f1d4e749
+import copy
 import ctypes
 import io
 import json
@@ -26,6 +27,7 @@ import torch.nn.functional as F
 
 from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, keyed_seed
 from .capture import Captured, Lane
+from .fused import Teams
 from .losses import Loss
 from cmim_repro.lab.processes import (
     average_over_processes, gather_over_processes, parallel, process_rank, processes, share_sizes, sum_over_processes,
@@ -51,6 +53,7 @@ class Recipe:
     micro_batch: int = 0 # Images in a forward pass, 0 for the whole batch; batch normalisation sees one pass
     processes: int = 1 # Processes that share each batch; batch normalisation sees the share of one
     evaluate_every: int = 1 # Epochs between two looks at the test and held-out images; the last epoch has one
+    fused: int = 0 # Most members of a team of tiny networks that trains as one on a CPU; 0: each alone
 
     def __post_init__(self):
         object.__setattr__(self, 'milestones', tuple(self.milestones))
@@ -70,6 +73,8 @@ class Recipe:
         check_choice('precision', self.precision, ('float32', 'bf16'))
         check_number('micro_batch', self.micro_batch, 0, integer=True)
         for name in ('processes', 'evaluate_every'): check_number(name, getattr(self, name), 1, integer=True)
+        if check_number('fused', self.fused, 0, integer=True) == 1:
+            raise Invalid('fused is 1; it must be 0 for ordinary steps, or the most members of a team, from 2.')
 
 # %% ../../nbs/lab/03_training.ipynb #04defc93
 def learning_rate(
@@ -301,14 +306,23 @@ class _Steps(Trainee, Progress):
 
     def step(self, batch, data, steps):
         "One step of optimisation, of `steps` in an epoch."
-        self.model.train()
         with self.lane.run():
-            self._set_rate(learning_rate(self.recipe, batch.epoch + batch.step/steps))
-            self.objective.before_step(self.log_probs, data, batch)
+            self.prepare(batch, data, steps)
             batch.seed_forward()
-            self.batch = batch # what the work knows beside its tensors: nothing that changes within a recording
             self.captured(*batch.tensors().values(), key=self.objective.of_epoch(batch.epoch))
         self.done = batch.step + 1
+
+    def prepare(self, batch, data, steps):
+        "What comes before the forward pass."
+        if not self.model.training: self.model.train() # visits every layer
+        self._set_rate(learning_rate(self.recipe, batch.epoch + batch.step/steps))
+        self.objective.before_step(self.log_probs, data, batch)
+        self.batch = batch # what the work knows beside its tensors: nothing that changes within a recording
+
+    def loss(self, logits, batch):
+        "The loss at this batch, with the random numbers of its step."
+        batch.seed_forward()
+        return batch_loss(self.objective, logits, batch)
 
     def _set_rate(self, rate):
         if self.rate is not None: self.rate.fill_(rate)
@@ -466,19 +480,31 @@ def train_epoch(
     seed: int, # Seed of the stream of batches
     answers=_nothing, # (images, positions in the training split) to the teacher's log-probabilities
     after_step=lambda: None, # Called between two steps
+    formed=None, # The `Teams` of the epoch before
 ):
     "The steps of an epoch that are left."
+    formed = formed or Teams()
     for learner in learners:
         if not learner.done: learner.start_epoch()
     first, start = learners[0], min(learner.done for learner in learners)
+    movers = formed.of(learners, data)
     for batch, steps in _stream(data, first.recipe, seed, first.epoch, start, answers, first.objective.mixing):
         for learner in learners: learner.lane.join() # the batch was made while they were at work on the one before
-        for learner in learners:
-            if learner.done <= batch.step: learner.step(batch, data, steps)
+        for one in movers:
+            if one.done <= batch.step: one.step(batch, data, steps)
         if batch.step + 1 < steps: after_step()
     for learner in learners: learner.lane.join()
 
 # %% ../../nbs/lab/03_training.ipynb #abf2acf7
+def _apart(value):
+    "A state with copies of those tensors that are slices: of a slice, the whole would be written."
+    if isinstance(value, torch.Tensor): return value.clone() if value.nbytes < value.untyped_storage().nbytes() else value
+    if not isinstance(value, dict): return value
+    found = copy.copy(value)
+    found.update({key: _apart(one) for key, one in value.items()})
+    return found
+
+
 def _state(learner):
     "All that the next step of a learner depends on."
     modules = {name: getattr(learner, name) for name in ('model', 'objective', 'optimizer', 'own_optimizer')}
@@ -549,7 +575,7 @@ class Checkpoint:
         "Write the checkpoint if the last one is `every` seconds old."
         if not self.writes or time.monotonic() - self.saved_at < every: return
         buffer = io.BytesIO()
-        torch.save(_state(self.learner), buffer)
+        torch.save(_apart(_state(self.learner)), buffer)
         atomic_write(self.folder/'checkpoint.pt', buffer.getvalue())
         self.saved_at = time.monotonic()
 
@@ -590,13 +616,13 @@ def train(
     checkpoints = [Checkpoint(learner) for learner in place_all(learners, device, settings)]
     for checkpoint in checkpoints: checkpoint.restore()
     answers = _asking(learners, data, teacher, augment, mixing)
-    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
+    with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []), Teams() as formed:
         for epoch in range(min(learner.epoch for learner in learners), epochs):
             active = [c for c in checkpoints if c.learner.epoch == epoch and not c.learner.diverged]
-            if active: _train_epoch(active, data, seed, teacher, answers, settings, on_epoch)
+            if active: _train_epoch(active, data, seed, teacher, answers, settings, on_epoch, formed)
 
 # %% ../../nbs/lab/03_training.ipynb #bbbfd92d
-def _train_epoch(checkpoints, data, seed, teacher, answers, settings, on_epoch):
+def _train_epoch(checkpoints, data, seed, teacher, answers, settings, on_epoch, formed):
     "An epoch from its first step to its line and checkpoint."
     learners = [checkpoint.learner for checkpoint in checkpoints]
     clock = _Clock(learners)
@@ -605,7 +631,7 @@ def _train_epoch(checkpoints, data, seed, teacher, answers, settings, on_epoch):
         for checkpoint in checkpoints:
             if checkpoint.due(settings.inside_seconds): clock.read(); checkpoint.save()
 
-    train_epoch(learners, data, seed, answers, save_inside)
+    train_epoch(learners, data, seed, answers, save_inside, formed)
     looked_at = [learner for learner in learners if learner.looks()]
     splits = [split for split in ('test', 'held_out') if data.size(split) and looked_at]
     results = {split: dict(zip(looked_at, evaluate(looked_at, data, split, teacher), strict=True)) for split in splits}
