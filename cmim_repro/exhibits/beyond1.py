@@ -112,7 +112,7 @@ def gains(
             lines.append({**dict(zip(PLACE, key, strict=True)), 'column': column, **gain(values, ls)})
     return pd.DataFrame(lines)
 
-# %% ../../nbs/run_beyond1.ipynb #5fe12b31
+# %% ../../nbs/run_beyond1.ipynb #2051a10e
 MEASURES = ('CMI at 1', 'largest CMI', 'as predicted', 'told apart')
 
 
@@ -133,8 +133,8 @@ def draw(entries, frame, store)->Table:
         rows.append(((key[0], *key[2:], *_shown_arm(key[1])), tuple(cells)))
     columns = [c for c in frame['column'].unique() if c not in ('model', 'ls')]
     return Table('CMI (nats, training images) of mixed answers, and the gain over the LS student in points, paired by '
-                 'seed: mean ± sd (n)', ('Data set', 'Model', 'K-student', 'Own share', 'Decimals'), (*MEASURES, *columns),
-                 tuple(rows))
+                 'seed: mean ± sd (n)', ('Data set', 'Model', 'K-student', 'Own share', 'Decimals'),
+                 (*MEASURES, *columns), tuple(rows))
 
 # %% ../../nbs/run_beyond1.ipynb #88b7247b
 def _axis(data, networks, lines, heights):
