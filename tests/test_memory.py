@@ -116,7 +116,8 @@ def unwatched(call):
 
 
 METHODS = [(objective, 'ce', {}), (objective, 'ls', {}), (objective, 'cmim', {}), (objective, 'cmim', {'centroids': 'batch'}),
-           *[(attack, name, {}) for name in ('kd', 'mkd', 'dkd', 'dist', 'htc', 'avg', 'knockoff', 'anchored', 'ttm', 'wttm', 'standardised', 'amplified', 'mixup', 'extra')]]
+           *[(attack, name, {}) for name in ('kd', 'mkd', 'dkd', 'dist', 'htc', 'avg', 'knockoff', 'anchored', 'ttm', 'wttm', 'standardised', 'amplified',
+                                                 'mixup', 'extra', 'unmixed')]]
 
 
 @pytest.mark.parametrize('registry, name, options', METHODS, ids=lambda v: v if isinstance(v, str) else '')

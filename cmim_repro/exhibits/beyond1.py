@@ -69,7 +69,7 @@ def entries(profile, shares='', decimals='', **asked)->list:
     shown = [e for e in found if e.column in ('model', 'ls', *COLUMNS)]
     return list(_with_undoing(shown, {task.data: task for task in wanted.tasks}))
 
-# %% ../../nbs/run_beyond1.ipynb #64cd5c79
+# %% ../../nbs/run_beyond1.ipynb #103ace15
 POWERS = torch.linspace(0, 4, 41, dtype=torch.float64)
 
 
@@ -99,7 +99,7 @@ def measured(
     return pd.DataFrame(lines, columns=[*PLACE[:3], 'seed', 'accuracy', 'CMI at 1', 'largest CMI', 'largest class',
                                         'as predicted', 'told apart'])
 
-
+# %% ../../nbs/run_beyond1.ipynb #fc5c825e
 def gains(
     frame: pd.DataFrame, # As `results_frame` gives
 )->pd.DataFrame:
@@ -112,7 +112,7 @@ def gains(
             lines.append({**dict(zip(PLACE, key, strict=True)), 'column': column, **gain(values, ls)})
     return pd.DataFrame(lines)
 
-# %% ../../nbs/run_beyond1.ipynb #2051a10e
+# %% ../../nbs/run_beyond1.ipynb #4519e64b
 MEASURES = ('CMI at 1', 'largest CMI', 'as predicted', 'told apart')
 
 
@@ -136,7 +136,7 @@ def draw(entries, frame, store)->Table:
                  'seed: mean ± sd (n)', ('Data set', 'Model', 'K-student', 'Own share', 'Decimals'),
                  (*MEASURES, *columns), tuple(rows))
 
-# %% ../../nbs/run_beyond1.ipynb #88b7247b
+# %% ../../nbs/run_beyond1.ipynb #ad50523b
 def _axis(data, networks, lines, heights):
     fig, ax = plt.subplots(figsize=(6.4, 4.), layout='constrained')
     plt.close(fig)
@@ -172,7 +172,7 @@ def picture(entries, frame, store)->dict:
             pictures[data, networks[0], networks[1]] = Picture(_axis(data, networks, shown, heights), facts)
     return pictures
 
-# %% ../../nbs/run_beyond1.ipynb #e79a9214
+# %% ../../nbs/run_beyond1.ipynb #619fe6d4
 def judged(frame)->pd.DataFrame:
     "The verdicts of Table 1 for every row, by Definition 1 and on knowledge."
     return verdicts(frame)[[*PLACE, 'attacks', 'verdict', 'why', 'knowledge', 'knowledge: why', 'n']]
