@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECIPES', 'SLOW', 'CHOICES', 'IMAGENET_CHOICES', 'PAPER_PAIRS', 'PAPER_DEFENSES', 'MINI_CLASSES', 'MINI_RECIPE',
            'QUICK_RECIPE', 'SMOKE_RECIPE', 'SMALL_OPTIONS', 'SMALL_RECIPES', 'PAIRS_DATA', 'PAIRS_TEACHER',
-           'PAIRS_DEFENSES', 'PAIRS_NULL', 'PAIRS_STUDENT', 'TASKS', 'Task', 'paper_options', 'networks_for',
-           'paper_task', 'mini_task', 'quick_task', 'smoke_task', 'data_sets', 'task_for']
+           'PAIRS_DEFENSES', 'PAIRS_NULL', 'PAIRS_STUDENT', 'PAIRS_RECIPES', 'TASKS', 'Task', 'paper_options',
+           'networks_for', 'paper_task', 'mini_task', 'quick_task', 'smoke_task', 'data_sets', 'task_for']
 
 # %% ../../nbs/experiments/02_tasks.ipynb #b7f29a2a
 from collections.abc import Mapping
@@ -135,6 +135,7 @@ PAIRS_DEFENSES = 'mad', 'apgp', 'rsp', 'nt', 'snt', 'st', 'ls', 'cmim:weight=0.5
 PAIRS_NULL = 'uniform', 'centroid', 'shuffled'
 PAIRS_STUDENT = replace(QUICK_RECIPE, epochs=28, batch_size=128, weight_decay=1e-2, augment='none', evaluate_every=7,
                         fused=8)
+PAIRS_RECIPES = {'knockoff': {**SMALL_RECIPES['knockoff'], 'fused': 0}} # its batches are its own: no company
 
 # %% ../../nbs/experiments/02_tasks.ipynb #531d62ce
 def _part(data, **wanted):
@@ -157,7 +158,7 @@ def mini_task(data, pairs=()):
 def _pairs_task(pairs):
     "The pairs of digits in settings that decide."
     return Task('digit_pairs', pairs or (('cnn_medium', 'cnn_tiny'),), PAIRS_TEACHER, PAIRS_STUDENT, dict(PAIRS_DATA),
-                PAIRS_DEFENSES, PAIRS_NULL, options=SMALL_OPTIONS, recipes=SMALL_RECIPES,
+                PAIRS_DEFENSES, PAIRS_NULL, options=SMALL_OPTIONS, recipes=PAIRS_RECIPES,
                 networks={'cnn_medium': {'width': 16}})
 
 

@@ -71,10 +71,9 @@ class Recipe:
         check_choice('schedule', self.schedule, ('multistep', 'step', 'cosine', 'constant'))
         check_choice('augment', self.augment, ('standard', 'none'))
         check_choice('precision', self.precision, ('float32', 'bf16'))
-        check_number('micro_batch', self.micro_batch, 0, integer=True)
+        for name in ('micro_batch', 'fused'): check_number(name, getattr(self, name), 0, integer=True)
         for name in ('processes', 'evaluate_every'): check_number(name, getattr(self, name), 1, integer=True)
-        if check_number('fused', self.fused, 0, integer=True) == 1:
-            raise Invalid('fused is 1; it must be 0 for ordinary steps, or the most members of a team, from 2.')
+
 
 # %% ../../nbs/lab/03_training.ipynb #04defc93
 def learning_rate(
@@ -498,7 +497,8 @@ def train_epoch(
 # %% ../../nbs/lab/03_training.ipynb #abf2acf7
 def _apart(value):
     "A state with copies of those tensors that are slices: of a slice, the whole would be written."
-    if isinstance(value, torch.Tensor): return value.clone() if value.nbytes < value.untyped_storage().nbytes() else value
+    if isinstance(value, torch.Tensor):
+        return value.clone() if value.nbytes < value.untyped_storage().nbytes() else value
     if not isinstance(value, dict): return value
     found = copy.copy(value)
     found.update({key: _apart(one) for key, one in value.items()})
