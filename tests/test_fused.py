@@ -41,7 +41,7 @@ def made(data, registry, name, seed=0, recipe=RECIPE, folder=None, network='cnn_
     return Learner(f'{name}{seed}', net, loss, recipe, folder=folder and folder/f'{name}{seed}')
 
 
-def smoothed(data, count, **changes): return [made(data, objective, 'ls', seed, epsilon=.1*seed, **changes) for seed in range(count)]
+def smoothed(data, count, **changes): return [made(data, objective, 'ls', seed, epsilon=.1*(seed or .5), **changes) for seed in range(count)]
 
 
 def trained(learners, data, settings=CPU, **options):
@@ -143,8 +143,8 @@ def test_a_checkpoint_is_that_of_an_ordinary_learner(data, tmp_path):
     files = [tmp_path/name/'ls1'/'checkpoint.pt' for name in ('teams', 'ordinary')]
     team, ordinary = (torch.load(file, weights_only=True) for file in files)
     assert abs(files[0].stat().st_size - files[1].stat().st_size) < 100 and team.keys() == ordinary.keys()
-    for part in ('model', 'optimizer'): assert str(torch.utils._pytree.tree_map(lambda x: getattr(x, 'shape', None), team[part])) == str(torch.utils._pytree.tree_map(lambda x: getattr(x, 'shape', None), ordinary[part]))
-    assert team['optimizer']['param_groups'] == ordinary['optimizer']['param_groups']
+    assert {name: (t.shape, t.stride()) for name, t in team['model'].items()} == {name: (t.shape, t.stride()) for name, t in ordinary['model'].items()}
+    assert team['optimizer']['param_groups'] == ordinary['optimizer']['param_groups'] and team['optimizer']['state'].keys() == ordinary['optimizer']['state'].keys()
 
 
 class Breaks(Loss):
@@ -187,8 +187,7 @@ def test_who_cannot_be_in_a_team_takes_ordinary_steps(data, changes, network):
 
 
 def test_the_option_and_the_identity():
-    with pytest.raises(Invalid, match='fused is 1; it must be 0 for ordinary steps, or the most members of a team'): Recipe(fused=1)
-    with pytest.raises(Invalid, match='fused is -2'): Recipe(fused=-2)
+    with pytest.raises(Invalid, match='fused is -1; it must be a whole number from 0'): Recipe(fused=-1)
     run, again, other = (make_run('digits', 'cnn_tiny', 'ce', recipe=Recipe(epochs=3, **options)) for options in ({}, {'fused': 0}, {'fused': 4}))
     assert run.id == again.id != other.id and 'fused' not in run.json and '"fused":4' in other.json
 

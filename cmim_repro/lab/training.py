@@ -497,8 +497,7 @@ def train_epoch(
 # %% ../../nbs/lab/03_training.ipynb #abf2acf7
 def _apart(value):
     "A state with copies of those tensors that are slices: of a slice, the whole would be written."
-    if isinstance(value, torch.Tensor):
-        return value.clone() if value.nbytes < value.untyped_storage().nbytes() else value
+    if isinstance(value, torch.Tensor) and value.nbytes < value.untyped_storage().nbytes(): return value.clone()
     if not isinstance(value, dict): return value
     found = copy.copy(value)
     found.update({key: _apart(one) for key, one in value.items()})
