@@ -59,10 +59,14 @@ class CMIM(Loss):
     def before_step(self, forward, data, batch): self.bank.before_step(forward, data, batch)
     def observe(self, log_probs, labels, indices): self.bank.observe(log_probs, labels, indices)
 
-    def loss(self, logits, teacher_log_probs, labels, epoch):
-        term = cmim_regularizer(logits, labels, self.bank.rows, self.bank.powers, self.weight, self.omega,
+    def term(self, logits, labels):
+        "The second term of eq. 28 in nats, a scalar."
+        return cmim_regularizer(logits, labels, self.bank.rows, self.bank.powers, self.weight, self.omega,
                                 self.naive_exp, sum_over_processes)
-        return F.cross_entropy(logits, labels, reduction='sum')*_per_sample(labels) + term
+
+    def loss(self, logits, teacher_log_probs, labels, epoch):
+        own = F.cross_entropy(logits, labels, reduction='sum')*_per_sample(labels)
+        return own + self.term(logits, labels)
 
 # %% ../../nbs/defenses/06_cmim.ipynb #3d82c41c
 def _per_sample(labels):

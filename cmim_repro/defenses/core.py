@@ -100,7 +100,9 @@ def defense(
     variant='recommended', # Whose version: recommended, and authors or paper where they differ
     **options, # Options of the method
 )->Defense:
-    "The defence called `name`; release methods are cross-entropy training plus that release."
+    "The defence called `name`; a release follows the training of its note `behind`, cross-entropy where it has none."
     check_choice('defence', name, defense_names())
-    if name in release.names(): return Defense(name, release=name, options=release.options(name, variant, **options))
+    if name in release.names():
+        behind = release.note(name, 'behind', 'ce')
+        return Defense(name, behind, name, release.options(name, variant, **options))
     return Defense(name, objective=name, options=objective.options(name, variant, **options))

@@ -9,7 +9,7 @@ __all__ = ['Untrained']
 from .ce import CrossEntropy
 from .core import objective
 
-# %% ../../nbs/defenses/13_untrained.ipynb #0819bee0
+# %% ../../nbs/defenses/13_untrained.ipynb #f5ac2b83
 @objective.register('untrained', label='Untrained', null=True, trains=False)
 class Untrained(CrossEntropy):
     "The network keeps its initial weights: a control. The loss, in nats, is what a training would begin from."

@@ -111,7 +111,7 @@ def operations(
     kept = 0 if run.kind == 'attack' else 2*answer_work(run, size)*(tests + (size.train if asked_later else 0))
     if not run.trains: return {'answers': kept}
     found = {'training': 6*own*images*recipe.epochs, 'evaluation': 2*own*tests*recipe.epochs, 'answers': kept}
-    if run.method == 'cmim': found['cmim'] = _cmim(run, own, size)*recipe.epochs
+    if 'centroids' in run.options: found['cmim'] = _cmim(run, own, size)*recipe.epochs
     if 'shadow' in run.options: # a network that the thief trains beside the student
         found['shadow'] = 6*multiply_adds(run.options['shadow'], {}, size)*images*run.options['shadow_epochs']
     if run.teacher:

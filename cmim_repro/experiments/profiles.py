@@ -305,10 +305,10 @@ def protected(
     network: str, # The teacher's network
     seed: int, # Of its training
 )->Run:
-    "The run of a protected model; releases and NT start from the cross-entropy model with the same seed."
+    "The run of a protected model; releases and NT start from another with the same seed: their note `behind`, or CE."
     method, _ = read_spec(defense)
     needs = kind_of(method) == 'release' or objective.entry(method).needs_teacher
-    normal = _make_teacher(task, 'ce', network, seed) if needs else None
+    normal = _make_teacher(task, registry_of(method).note(method, 'behind', 'ce'), network, seed) if needs else None
     return _make_teacher(task, defense, network, seed, normal)
 
 # %% ../../nbs/experiments/03_profiles.ipynb #a87b5c63
