@@ -64,4 +64,4 @@ def test_a_table_can_ask_for_it():
     [task] = narrowed(profile('quick'), data_sets='digits', defenses='ce, untrained', overrides='epochs=3').tasks
     run = protected(task, 'untrained', 'cnn_medium', 2)
     assert (run.teacher, run.recipe, run.seed, run.trains) == (None, Recipe(), 2, False)
-    assert set(operations(run)) == {'answers'} and label('untrained') == 'Untrained'
+    assert set(operations(run)) == {'answers'} and label('untrained') == 'Untrained' and objective.note('untrained', 'null')

@@ -47,8 +47,7 @@ class CMIM(Loss):
         self.weight = check_number('lambda (weight)', weight, 0)
         self.omega, self.naive_exp = check_number('omega', omega, 0, open_low=True), naive_exp
         self.beta, self.count, self.kind, self.seed = beta, count, powers, seed
-        if num_classes is None:
-            raise Invalid('num_classes is None; cmim keeps a centroid for each class and needs the number of classes.')
+        if num_classes is None: raise Invalid('num_classes is None; cmim keeps a centroid for each class.')
         self.bank = centroid_bank(centroids, num_classes, count, train_labels, per_class, every, seed)
         self.start_epoch(0)
 
@@ -58,15 +57,12 @@ class CMIM(Loss):
 
     def before_step(self, forward, data, batch): self.bank.before_step(forward, data, batch)
     def observe(self, log_probs, labels, indices): self.bank.observe(log_probs, labels, indices)
-
-    def term(self, logits, labels):
-        "The second term of eq. 28 in nats, a scalar."
+    def term(self, logits, labels): # the second of eq. 28, in nats
         return cmim_regularizer(logits, labels, self.bank.rows, self.bank.powers, self.weight, self.omega,
                                 self.naive_exp, sum_over_processes)
 
     def loss(self, logits, teacher_log_probs, labels, epoch):
-        own = F.cross_entropy(logits, labels, reduction='sum')*_per_sample(labels)
-        return own + self.term(logits, labels)
+        return F.cross_entropy(logits, labels, reduction='sum')*_per_sample(labels) + self.term(logits, labels)
 
 # %% ../../nbs/defenses/06_cmim.ipynb #3d82c41c
 def _per_sample(labels):
