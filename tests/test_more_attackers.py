@@ -1,6 +1,7 @@
 """Mixup and extra: formulas written out number by number, questions that are really asked, and labels that are really missing."""
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -217,6 +218,7 @@ def _child(rank, world, place, micro_batch):
     dist.init_process_group('gloo', init_method=f'file://{place}/meeting', rank=rank, world_size=world)
     torch.save(weights(micro_batch), place/f'{rank}.pt')
     dist.destroy_process_group()
+    os._exit(0) # at its end the interpreter now and then aborts in a thread of gloo, when all is done
 
 
 def weights(micro_batch=0):
@@ -228,7 +230,7 @@ def weights(micro_batch=0):
     return found
 
 
-@pytest.mark.parametrize('world, micro_batch', [(2, 0), (3, 7)])
+@pytest.mark.parametrize('world, micro_batch', [(2, 0), pytest.param(3, 7, marks=pytest.mark.slow)])
 def test_several_processes_mix_the_same_pairs_and_miss_the_same_labels(tmp_path, world, micro_batch):
     mp.spawn(_child, (world, tmp_path, micro_batch), world)
     expected = weights()
