@@ -70,7 +70,7 @@ def streams():
     found = {}
     for registry, name in [*((objective, name) for name in objective.names()), *((attack, name) for name in attack.names())]:
         if not registry.note(name, 'trains', True): continue
-        mixing = getattr(registry.entry(name), 'mixing', None)
+        mixing = registry.options(name).get('mixing')
         found.setdefault(mixing, []).append((registry, name))
     return list(found.values())
 

@@ -73,7 +73,7 @@ def _stacked(tensors):
 
 def _slice(whole, i, count): return whole.detach().chunk(count)[i] if whole.ndim else whole.detach()
 
-
+# %% ../../nbs/lab/05_fused.ipynb #4f08026b
 def _side_by_side(layers, first):
     "One layer that does the work of all."
     joined, count = copy.deepcopy(layers[0]), len(layers)
@@ -139,9 +139,9 @@ def _momenta(learners, kept):
     return [[torch.zeros_like(p) if own is None else own for own in column]
             for column, p in zip(zip(*rows, strict=True), learners[0].model.parameters(), strict=True)]
 
-
-class Team:
-    "Learners of one architecture and recipe that train as one network; it takes steps as a learner does."
+# %% ../../nbs/lab/05_fused.ipynb #4216f549
+class _Joined:
+    "Learners whose tensors are slices of one network's."
     _KEPT = 'momentum_buffer' # SGD's name
 
     def __init__(self,
@@ -174,6 +174,9 @@ class Team:
             for state in one.optimizer.state.values():
                 if self._KEPT in state: state[self._KEPT] = state[self._KEPT].clone()
 
+# %% ../../nbs/lab/05_fused.ipynb #9ff3f585
+class Team(_Joined):
+    "Learners of one architecture and recipe that train as one network; it takes steps as a learner does."
     @property
     def done(self): return self.learners[0].done
 
@@ -218,7 +221,7 @@ def _divided(group, data):
     cuts = [i*most if places else i*size//parts for i in range(parts)] + [size]
     return [(group[a:b], places or max(2, b - a)) for a, b in pairwise(cuts)]
 
-
+# %% ../../nbs/lab/05_fused.ipynb #4d2eb8e1
 class Teams:
     "Who trains with whom, from epoch to epoch."
     def __init__(self): self.teams = []

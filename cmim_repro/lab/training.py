@@ -296,21 +296,8 @@ class Trainee:
         return result
 
 # %% ../../nbs/lab/03_training.ipynb #9de84f4b
-class _Steps(Trainee, Progress):
-    "What a learner does at each step."
-    def start_epoch(self):
-        "Fresh sums, and the loss's own preparation."
-        self.clear(self.device)
-        self.objective.start_epoch(self.epoch)
-
-    def step(self, batch, data, steps):
-        "One step of optimisation, of `steps` in an epoch."
-        with self.lane.run():
-            self.prepare(batch, data, steps)
-            batch.seed_forward()
-            self.captured(*batch.tensors().values(), key=self.objective.of_epoch(batch.epoch))
-        self.done = batch.step + 1
-
+class _Parts(Trainee, Progress):
+    "What a step is made of."
     def prepare(self, batch, data, steps):
         "What comes before the forward pass."
         if not self.model.training: self.model.train() # visits every layer
@@ -327,6 +314,30 @@ class _Steps(Trainee, Progress):
         if self.rate is not None: self.rate.fill_(rate)
         for group in self.optimizer.param_groups: group['lr'] = rate if self.rate is None else self.rate
 
+    def backward(self, batch):
+        "Loss and logits of this batch, detached; the gradients are left with the parameters."
+        if 0 < self.recipe.micro_batch < len(batch.labels): return backward_in_parts(self, batch)
+        logits = self.logits(batch.images, batch.answers, self.trained)
+        loss = batch_loss(self.objective, logits, batch)
+        loss.backward()
+        return loss.detach(), logits.detach()
+
+# %% ../../nbs/lab/03_training.ipynb #fc628fea
+class _Steps(_Parts):
+    "What a learner does at each step."
+    def start_epoch(self):
+        "Fresh sums, and the loss's own preparation."
+        self.clear(self.device)
+        self.objective.start_epoch(self.epoch)
+
+    def step(self, batch, data, steps):
+        "One step of optimisation, of `steps` in an epoch."
+        with self.lane.run():
+            self.prepare(batch, data, steps)
+            batch.seed_forward()
+            self.captured(*batch.tensors().values(), key=self.objective.of_epoch(batch.epoch))
+        self.done = batch.step + 1
+
     def work(self, *tensors):
         "All of a step that the device does."
         batch = replace(self.batch, **dict(zip(self.batch.tensors(), tensors, strict=True)))
@@ -335,14 +346,6 @@ class _Steps(Trainee, Progress):
         if processes() > 1: agree(self)
         take_step(self.optimizers())
         self.count(batch, loss, logits)
-
-    def backward(self, batch):
-        "Loss and logits of this batch, detached; the gradients are left with the parameters."
-        if 0 < self.recipe.micro_batch < len(batch.labels): return backward_in_parts(self, batch)
-        logits = self.logits(batch.images, batch.answers, self.trained)
-        loss = batch_loss(self.objective, logits, batch)
-        loss.backward()
-        return loss.detach(), logits.detach()
 
 # %% ../../nbs/lab/03_training.ipynb #b5c69f2d
 class Learner(_Steps):
