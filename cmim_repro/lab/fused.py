@@ -135,9 +135,11 @@ def size_matters(
 # %% ../../nbs/lab/05_fused.ipynb #7899417f
 def _momenta(learners, kept):
     "For each parameter the momenta of all learners, zeros before the first step."
-    rows = [[one.optimizer.state[p].get(kept) for p in one.model.parameters()] for one in learners]
-    return [[torch.zeros_like(p) if own is None else own for own in column]
-            for column, p in zip(zip(*rows, strict=True), learners[0].model.parameters(), strict=True)]
+    def of(one):
+        for p in one.model.parameters():
+            own = one.optimizer.state[p].get(kept)
+            yield torch.zeros_like(p) if own is None else own
+    return list(zip(*map(of, learners), strict=True))
 
 # %% ../../nbs/lab/05_fused.ipynb #4216f549
 class _Joined:
