@@ -1,6 +1,7 @@
 "What the exhibits beyond the paper compute, on known numbers."
 import itertools
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -106,6 +107,9 @@ def test_the_table_shows_cmi_and_gains(store):
     assert kd.n == 3 and abs(kd.mean - 2) < .1
     gains = beyond1.gains(frame)
     assert len(gains) == 3*6 and set(gains.query("defense != 'centroid'")['reading']) == {'higher'}
+    over = beyond1.over_null(frame).set_index(['defense', 'column'])
+    assert len(over) == 2*6 and abs(over['mean'] - 2).max() < .2 and set(over['reading']) == {'higher'}
+    assert re.search(r'Gains over the centroids alone: KD \+[12]\.\d\d \(', beyond1.answer(entries, frame, store).because)
     [(key, shown)] = beyond1.picture(entries, frame, store).items()
     assert key == ('digits', 'cnn_small', 'cnn_tiny') and len(shown.data) == 18 and 'KD tuned' in to_text(table)
 
