@@ -167,3 +167,40 @@ def test_the_piece_of_table_1_is_what_was_found():
     metrics = pd.read_csv(GPU/'metrics.csv').set_index(['run', 'epoch'])
     [chosen] = alone[alone['options'] == '{"epsilon":0.8}']['run']
     assert f"loss of {metrics.loc[(chosen, 1), 'train_loss']:.3f} nats on the GPU" in text
+
+
+QUICK = ROOT/'data'/'results'/'quick'
+SETS = {'0, 1, 2': QUICK, '10, 11, 12': QUICK/'10_11_12', '20, 21, 22': QUICK/'20_21_22'}
+ROWS = ['ce', 'mad', 'apgp', 'rsp', 'nt', 'snt', 'st', 'ls', 'cmim']
+
+
+def best_gain(runs, defense):
+    "The best attack's mean gain over the LS student, candidates chosen on held-out images, in points."
+    picked = runs[runs['chosen_clean'] & (runs['defense'] == defense) & (runs['column'] != 'model')]
+    means = picked.groupby('column')['last'].mean()
+    return means.drop('ls').max() - means['ls']
+
+
+def winner(why): return re.match(r'(\S+) gains (\S+) points .* p (\S+)\.', why).groups()
+
+
+def quick_rows():
+    "Lines of the table on three sets of seeds."
+    for seeds, folder in SETS.items():
+        found = pd.read_csv(folder/'verdicts.csv').set_index('defense')
+        runs = pd.read_csv(folder/'table1_runs.csv')
+        assert found.loc['ce', 'verdict'] == 'distillable'
+        decided = (found.loc[ROWS, 'verdict'] != 'undecided').sum()
+        name, gained, p = winner(found.loc['ce', 'why'])
+        known = found.loc['ce', 'knowledge']
+        if known == 'distillable': known = '{} {} (p {})'.format(*winner(found.loc['ce', 'knowledge: why']))
+        dose = ' / '.join(f'{best_gain(runs, row):+.1f}' for row in ('cmim:weight=0.5', 'cmim', 'cmim:weight=8'))
+        yield f'| {seeds} | {name} {gained} (p {p}) | {known} | {decided} of 9 | {best_gain(runs, "ce"):+.1f} | {dose} |'
+
+
+def test_what_quick_decides_is_what_the_committed_files_hold():
+    text = ' '.join(README.split())
+    assert [row for row in quick_rows() if row not in text] == []
+    for folder in SETS.values():
+        runs = pd.read_csv(folder/'table1_runs.csv').fillna({'choice': '', 'student': ''})
+        pd.testing.assert_frame_equal(pd.read_csv(folder/'verdicts.csv', dtype=str, keep_default_na=False), verdicts(runs).astype(str))

@@ -439,7 +439,7 @@ def log_progress(
 ):
     "A function progress(done, total, text) that suits where the output goes."
     stream = stream or sys.stdout
-    started, last = time.monotonic(), [-1e9, -1]
+    started, last, before = time.monotonic(), [-1e9, -1], []
     handle = _notebook_handle()
 
     def progress(done, total, text):
@@ -448,12 +448,20 @@ def log_progress(
         if now - last[0] < (.5 if handle or terminal else every) and done != total: return
         if done == total and last[1] == total: return
         last[:] = now, done
+        if not before: before.append(done) # what was finished when it began
         filled = round(24*done/max(total, 1))
-        line = f"[{'#'*filled}{'.'*(24 - filled)}] {done}/{total} runs, {(now - started)/60:.1f} min, {text}"
+        times = _times(now - started, done - before[0], total - done)
+        line = f"[{'#'*filled}{'.'*(24 - filled)}] {done}/{total} runs, {times}, {text}"
         if handle: handle.update({'text/plain': line}, raw=True)
         elif terminal: print(f'\r\x1b[K{line[:150]}', end='\n' if done == total else '', file=stream, flush=True)
         else: print(line, file=stream, flush=True)
     return progress
+
+
+def _times(seconds, done, left):
+    "How long it took, and about how long the rest takes if its runs are like those."
+    rest = f', about {seconds/done*left/60:.0f} min left' if done and left else ''
+    return f'{seconds/60:.1f} min{rest}'
 
 
 def _notebook_handle():
