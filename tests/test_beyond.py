@@ -12,9 +12,11 @@ from scipy import stats
 from cmim_repro.core import Invalid
 from cmim_repro.exhibits import beyond1, beyond2
 from cmim_repro.exhibits.table1 import entries as table1_entries
+from cmim_repro.experiments.execution import execute, load_data
 from cmim_repro.experiments.profiles import profile
 from cmim_repro.experiments.runs import Plan
 from cmim_repro.experiments.store import Store
+from cmim_repro.lab.training import Settings
 from cmim_repro.report.formats import to_text
 from cmim_repro.report.results import chosen, results_frame
 from cmim_repro.theory.cmi import cmi_curve
@@ -216,6 +218,21 @@ def test_the_best_is_chosen_on_held_out_images():
                           for c, h, a in (('kd tuned', 50., 90.), ('dkd tuned', 60., 70.), ('ls', 99., 60.))])
     best = chosen(beyond2.with_best(frame)).query("column == 'best tuned'")
     assert best['judged'].tolist() == [70.] and best['choice'].tolist() == ['dkd tuned: x']
+
+
+def test_mads_budget_is_no_budget_of_questions(store):
+    "Its stored answers are about all training images; a store that was filled when they were not is mended."
+    entries = beyond2.entries(SMOKE, defenses='mad')
+    [run] = [e.run for e in entries if e.defense == 'mad' and e.column == 'model']
+    student = next(e.run for e in entries if e.defense == 'mad' and e.column == 'kd tuned')
+    assert run.options['budget'] == 1 and execute(Plan.of([student]), store, Settings(device='cpu')) == []
+    data = load_data(run)
+    log_probs, labels = store.log_probs(run, 'train')
+    assert len(log_probs) == len(labels) == data.size('train') > 100
+    kept = store.tensors(run, 'log_probs.safetensors')
+    store.save_tensors(run, 'log_probs.safetensors', {**kept, 'train': kept['train'][:1], 'train_labels': kept['train_labels'][:1]})
+    beyond1.keep_answers([e for e in entries if e.run == run], store, Settings(device='cpu'), load_data)
+    torch.testing.assert_close(store.log_probs(run, 'train')[0], log_probs)
 
 
 def test_no_teacher_no_table(store):

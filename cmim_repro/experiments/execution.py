@@ -122,12 +122,13 @@ def keep_answers(
     data, # Its data set, on the device
     device='cpu', # Where it runs
 ):
-    "Add the model's log-probabilities on a split to its stored ones if they are missing; images are not augmented."
+    "Add the model's log-probabilities on a split to its stored ones if some are missing; images are not augmented."
     file = 'log_probs.safetensors'
-    if store.result(run) is None or split in store.tensors(run, file): return
+    def whole(kept): return len(kept.get(split, ())) == data.size(split)
+    if store.result(run) is None or whole(store.tensors(run, file)): return
     with store.lock(run), cpu_threads(1):
         kept = store.tensors(run, file)
-        if split in kept: return
+        if whole(kept): return
         found = released(answers_of(run, store, data, device), data, split)
         store.save_tensors(run, file, {**kept, split: found, f'{split}_labels': data.labels(split)})
 
@@ -373,7 +374,8 @@ def _compute_cohort(cohort, store, settings, facts, teachers, watch):
         state, mine = agreed(claim)
         if runs := [cohort[i] for i in mine]:
             watch(runs[0].name, count=True)
-            data = query_data(runs[0], load_data(runs[0], **facts), **facts)
+            data = load_data(runs[0], **facts)
+            if runs[0].kind == 'attack': data = query_data(runs[0], data, **facts) # MAD's budget is another thing
             with cpu_threads(settings.threads): run_cohort(
                 runs, store, data, settings, teachers, lambda one: watch(f'{one.name}, epoch {one.epoch}'))
     finally:
