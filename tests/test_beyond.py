@@ -202,11 +202,11 @@ def test_the_answer_follows_the_order(store, direction, verdict):
     right, sure = beyond2.sure_pairs(lines)
     assert sure == 15 and right == (15 if direction > 0 else 0)
     ranks = beyond2.ranks(entries, frame, store)
-    assert len(ranks) == 4*3 and set(ranks['gain of']) == {'KD tuned', 'DKD tuned', 'Best tuned'}
+    assert len(ranks) == 5*3 and set(ranks['gain of']) == {'KD tuned', 'DKD tuned', 'Best tuned'}
     assert (lines['best tuned'] == lines['dkd tuned']).all() and (lines['train'] == lines['test']).all()
     assert (lines['class'] >= lines['train']).all()
     table = beyond2.draw(entries, frame, store)
-    assert len(table.rows) == 6 and [cell.n for cell in table.rows[0][1]] == [3]*7
+    assert len(table.rows) == 6 and [cell.n for cell in table.rows[0][1]] == [3]*8
     [(key, shown)] = beyond2.picture(entries, frame, store).items()
     assert key == ('digits', 'cnn_small', 'cnn_tiny') and len(shown.data) == 6
 

@@ -32,6 +32,8 @@ class Mixed(Centroid):
     ):
         "Log-probabilities (B, C); the most probable class stays the same."
         check_answers(log_probs)
-        answered = mixed(log_probs.double(), self.answers[log_probs.argmax(-1)], self.t).log_softmax(-1)
+        top = log_probs.argmax(-1, keepdim=True)
+        answered = mixed(log_probs.double(), self.answers[top[:, 0]], self.t)
+        answered = answered.scatter_add(-1, top, torch.full_like(answered[:, :1], 1e-12)).log_softmax(-1)
         if self.rounding: answered = self.rounding(answered)
         return answered.to(full_precision(log_probs).dtype)

@@ -46,7 +46,7 @@ def entries(profile, defenses='', **asked)->list:
 # %% ../../nbs/run_beyond2.ipynb #059c8a00
 BEST = f'best{TUNED}'
 SHOWN = {'train': 'CMI, training images', 'test': 'CMI, test images', 'class': 'CMI, largest class',
-         'accuracy': "teacher's accuracy"}
+         'predicted': 'CMI, as predicted', 'accuracy': "teacher's accuracy"}
 
 
 def with_best(
@@ -70,7 +70,7 @@ def teachers(entries, frame, store)->pd.DataFrame:
             of = test.loc[place]
             lines.append({**dict(zip(PLACE, key, strict=True)), 'seed': seed, 'accuracy': of['accuracy'],
                           'train': train.loc[place, 'largest CMI'], 'test': of['largest CMI'],
-                          'class': train.loc[place, 'largest class'],
+                          'class': train.loc[place, 'largest class'], 'predicted': train.loc[place, 'as predicted'],
                           **{c: values.get(seed, np.nan) - ls[seed] for c, values in runs.items()}})
     return pd.DataFrame(lines)
 
@@ -139,11 +139,15 @@ def _scatter(title, points):
     plt.close(fig)
     error = (points['mean'] - points['low'], points['high'] - points['mean'])
     ax.errorbar(points['cmi'], points['mean'], np.nan_to_num(error), fmt='o', capsize=2)
-    for name, x, y in zip(points['defense'], points['cmi'], points['mean'], strict=True):
-        ax.annotate(our_label(name), (x, y), (4, 4), textcoords='offset points', fontsize='small')
+    for i, (_, point) in enumerate(points.sort_values('mean').iterrows()):
+        left = i % 2 == 1 # labels of neighbours stand on two sides
+        ax.annotate(our_label(point['defense']), (point['cmi'], point['mean']), (-6 if left else 6, -3),
+                    textcoords='offset points', ha='right' if left else 'left', fontsize='small')
     ax.axhline(0, color='.3', linestyle='--', linewidth=1)
-    ax.set(xscale='log', xlabel='largest CMI over powers, training images (nats)',
+    wide = points['cmi'].min() > 0 and points['cmi'].max() > 30*points['cmi'].min()
+    ax.set(xscale='log' if wide else 'linear', xlabel='largest CMI over powers, training images (nats)',
            ylabel='gain of the best tuned attack (points)', title=title)
+    ax.margins(x=.25)
     return fig
 
 
@@ -175,10 +179,11 @@ def sure_pairs(
 def answer(entries, frame, store)->Answer:
     "Does the largest CMI rank teachers by the gain of the best tuned attack?"
     lines, found = teachers(entries, frame, store), ranks(entries, frame, store)
-    asked = found[found['known'].isin([SHOWN['train'], SHOWN['test']]) & (found['gain of'] == our_label(BEST))]
+    best = found[(found['gain of'] == our_label(BEST)) & found['known'].str.startswith('CMI')]
+    asked = best[best['known'].isin([SHOWN['train'], SHOWN['test']])]
     if not asked['n'].ge(4).any(): return Answer('undecided', 'Fewer than four teachers are finished.')
     said = [f"{row['known']}: rho {row['rho']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f}, p {row['p']:.2g}, "
-            f"{row['n']} teachers)." for _, row in asked.iterrows()]
+            f"{row['n']} teachers)." for _, row in best.iterrows()]
     for (data, *_), group in lines.groupby(['data', 'teacher', 'student'], sort=False):
         right, sure = sure_pairs(group)
         if sure: said.append(f'{our_label(data)}: in {right} of {sure} pairs of teachers whose gains surely differ, it '
