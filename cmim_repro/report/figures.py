@@ -93,7 +93,7 @@ def _peak_legend(fig, handles, peaks, end):
     def power(at): return rf'$\alpha={at:.3g}$' + (' (end)' if at == end else '')
     entries = []
     for handle, (name, (top, at)) in zip(handles, peaks.items(), strict=True):
-        text = f'{our_label(name)}: {top:#.3g}' + ('' if shared and at == usual else f' at {power(at)}')
+        text = f'{our_label(name)}: {abs(round(top, 12)):#.3g}' + ('' if shared and at == usual else f' at {power(at)}')
         entries.append((top, handle, text))
     _, handles, names = zip(*sorted(entries, key=lambda e: -e[0]), strict=True)
     title = 'largest CMI (nats)' + (f', at {power(usual)} unless another is named' if shared else '')
