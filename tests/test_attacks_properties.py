@@ -11,7 +11,7 @@ from cmim_repro.attacks.core import attack
 from cmim_repro.core import Invalid
 from cmim_repro.defenses.core import release
 
-BEYOND = ['amplified', 'anchored', 'extra', 'mixup', 'scm', 'standardised', 'ttm', 'unmixed', 'wttm'] # Table 1, so without settings of the paper
+BEYOND = ['amplified', 'anchored', 'extra', 'mixup', 'recovery', 'scm', 'standardised', 'ttm', 'unmixed', 'wttm'] # Table 1, so without settings of the paper
 NAMES = sorted(['avg', 'dist', 'dkd', 'htc', 'kd', 'knockoff', 'mkd', *BEYOND])
 TOLD = ['extra'] # has to know which images it sees; see tests/test_more_attackers.py
 VARIANTS = [(name, variant) for name in NAMES if name not in TOLD for variant in attack.variants(name)]

@@ -173,6 +173,7 @@ def test_every_attack_bears_them(name, variant):
     for arm in NAMES:
         loss = attack(name, variant, **{fact: facts[fact] for fact in attack.context(name) if fact in facts})
         logits = drawn(12, 6, 2, torch.float32)[0].requires_grad_()
+        loss.observe(logits.detach().log_softmax(1), torch.arange(12) % 6, torch.arange(12))
         value = loss(logits, made(arm, 6, known)(asked, images), torch.arange(12) % 6, epoch=3)
         value.backward()
         assert value.isfinite() and logits.grad.isfinite().all(), arm
