@@ -195,9 +195,18 @@ def quick_facts():
     yield 'Five of the nine rows of Table 1 are decided (CE, MAD, NT, SNT†, LS), all *distillable*. None is *undistillable*.'
 
 
+def mixed_facts():
+    "What the README says of Beyond 1."
+    found = pd.read_csv(QUICK/'beyond1.csv').set_index(['Own share', 'column'])
+    cmi = {share: float(found.loc[(share, 'as predicted'), 'text']) for share in (1., .01)}
+    yield f'of 0.01 is the network\'s own and the rest the class centroid have a CMI, given the predicted class, of {cmi[.01]:.2g} nats instead of {cmi[1.]:.2g}'
+    means = found['mean']
+    yield f"KD's gain falls from {means[1., 'kd']:.2f} to {means[.01, 'kd']:.2f} points; a thief who undoes the mixing keeps {means[.01, 'unmixed']:.2f}"
+
+
 def test_what_quick_says_is_what_the_committed_files_hold():
     text = ' '.join(README.split())
-    assert [fact for fact in quick_facts() if fact not in text] == []
+    assert [fact for fact in (*quick_facts(), *mixed_facts()) if fact not in text] == []
     runs = pd.read_csv(QUICK/'table1_runs.csv').fillna({'choice': '', 'student': ''})
     committed = pd.read_csv(QUICK/'verdicts.csv', dtype=str, keep_default_na=False)
     pd.testing.assert_frame_equal(committed, verdicts(runs).astype(str))
