@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTH, LINES, CELLS, KILOBYTES = 120, 40, 60, 150
+WIDTH, LINES, CELLS, KILOBYTES = 120, 40, 60, 200
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(ROOT).parts))
 RUNS = [p for p in NOTEBOOKS if p.name.startswith('run_')]
 PAPER = [p for p in RUNS if re.fullmatch(r'run_(table|figure)\d+', p.stem)]

@@ -56,18 +56,23 @@ MARK = '†'
 MARKED = f"{MARK} A reconstruction of ours: no formula or code was to be had, so our numbers are not the method's."
 
 
+def _method(name): return str(name).partition(':')[0].removesuffix(' tuned') # without its options
+
+
 def reconstructed(
     name, # A name of this project, "snt"
 )->bool:
     "Is what runs here under this name a reconstruction, as its note `reconstruction` says?"
-    return any(name in r.names() and bool(r.note(name, 'reconstruction')) for r in (attack, objective, release))
+    method = _method(name)
+    return any(method in r.names() and bool(r.note(method, 'reconstruction')) for r in (attack, objective, release))
 
 
 def our_label(
     name, # A name of this project
 )->str:
     "`label`, with a mark where our numbers under this name are those of a reconstruction."
-    return label(name) + MARK * reconstructed(name)
+    own, whole = label(_method(name)), label(name)
+    return own + MARK * reconstructed(name) + whole.removeprefix(own)
 
 
 def mark_note(
