@@ -186,6 +186,9 @@ def quick_facts():
     yield f"DKD gains most, {gains.loc['ce', 'dkd']:.2f} points, but {gains.loc['centroid', 'dkd']:.2f} of them"
     best = [gains.loc[row].max() for row in ('cmim:weight=0.5', 'cmim', 'cmim:weight=8')]
     yield 'The best attack gains {:.2f}, {:.2f} and {:.2f} points with a weight of 0.5, 2 and 8'.format(*best)
+    weights = pd.read_csv(QUICK/'weights.csv').set_index('weight')['chosen'].fillna('')
+    assert weights.to_dict() == {.5: '', 2.: 'by the rule', 8.: ''}
+    yield 'its rule (Appendix G: the least CMI that keeps the accuracy) takes 2'
     assert best[-1] == gains.loc['cmim:weight=8', 'dkd'] < gains.loc['centroid', 'dkd'] and best[1] == gains.loc['cmim', 'dkd'] > 0
     yield f"undistillable by the paper's rule ({gains.loc['cmim', 'kd']:.2f} points)"
     cmi = pd.read_csv(QUICK/'cmi.csv').set_index(['defense', 'alpha'])['mean']

@@ -21,8 +21,8 @@ from ..experiments.profiles import narrowed, protected
 from ..report.figures import Picture
 from ..report.formats import Cell, Table, runs_cell
 from ..report.models import on_cifar100
-from ..report.paper import our_label
-from ..report.results import PLACE, TUNED, chosen, runs_of, student_entries, student_rows
+from ..report.paper import TUNED_END, our_label
+from ..report.results import PLACE, chosen, runs_of, student_entries, student_rows
 from ..report.statistics import Answer, agreement, gain, reading
 
 MORE = ('cmim:weight=0.5', 'cmim:weight=8', 'ls:epsilon=0.2')
@@ -41,10 +41,10 @@ def entries(profile, defenses='', **asked)->list:
     wanted = narrowed(profile, defenses=defenses, null_arms='none', tuned=True, **given)
     tasks = wanted.tasks if defenses else [replace(t, defenses=_rows(t)) for t in wanted.tasks]
     found = student_entries(replace(wanted, tasks=tuple(tasks)))
-    return [e for e in found if e.column in ('model', 'ls') or e.column.endswith(TUNED)]
+    return [e for e in found if e.column in ('model', 'ls') or e.column.endswith(TUNED_END)]
 
 # %% ../../nbs/run_beyond2.ipynb #059c8a00
-BEST = f'best{TUNED}'
+BEST = f'best{TUNED_END}'
 SHOWN = {'train': 'CMI, training images', 'test': 'CMI, test images', 'class': 'CMI, largest class',
          'predicted': 'CMI, as predicted', 'accuracy': "teacher's accuracy"}
 
@@ -53,7 +53,7 @@ def with_best(
     frame: pd.DataFrame, # As `results_frame` gives
 )->pd.DataFrame:
     "The frame with one more column, in which the candidates of all tuned attacks compete."
-    tuned = frame[frame['column'].str.endswith(TUNED)]
+    tuned = frame[frame['column'].str.endswith(TUNED_END)]
     return pd.concat([frame, tuned.assign(column=BEST, choice=tuned['column'] + ': ' + tuned['choice'])])
 
 
@@ -79,7 +79,7 @@ def draw(entries, frame, store)->Table:
     "Every teacher: CMI, accuracy, and the gain of each attack over the LS student."
     lines, rows = teachers(entries, frame, store), []
     if lines.empty: return Table('No teacher is finished yet', ('Data set',), ('n',), ())
-    attacks = [c for c in lines.columns if c.endswith(TUNED)]
+    attacks = [c for c in lines.columns if c.endswith(TUNED_END)]
     for key, each in lines.groupby(PLACE, sort=False):
         cells = [runs_cell(each[name], digits=2 if name == 'accuracy' else 4) for name in SHOWN]
         cells += [Cell(None, each[c].mean(), each[c].std(), each[c].count()) for c in attacks]
@@ -126,7 +126,7 @@ def ranks(entries, frame, store)->pd.DataFrame:
     for (data, *networks), group in lines.groupby(['data', 'teacher', 'student'], sort=False):
         means = group.drop(columns=[*PLACE, 'seed']).groupby(group['defense'], sort=False).mean()
         for name, text in SHOWN.items():
-            for column in [c for c in means if c.endswith(TUNED)]:
+            for column in [c for c in means if c.endswith(TUNED_END)]:
                 key = (data, *networks, name, column)
                 one = rank_correlation(means[name], means[column], key=key)
                 found.append({'data': data, 'model': networks[0], 'student': networks[1], 'known': text,

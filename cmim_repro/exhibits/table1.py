@@ -11,13 +11,13 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
-from ..experiments.profiles import choice_label, narrowed, read_spec
+from ..experiments.profiles import choice_label, is_null, narrowed, read_spec
 from ..report.figures import Picture, cmi_curves, simplex_figure, simplex_html
 from ..report.formats import Table, runs_cell
 from ..report.models import (cmi_table, confused_classes, first_seed, model_curves, model_outputs,
                                       table_accuracy, tuning)
-from ..report.paper import label, printed
-from ..report.results import PLACE, TUNED, chosen, is_null, runs_of, student_entries, student_rows, verdicts
+from ..report.paper import TUNED_END, label, printed
+from ..report.results import PLACE, chosen, runs_of, student_entries, student_rows, verdicts
 from ..report.statistics import Answer, agreement
 
 # %% ../../nbs/run_table1.ipynb #ca557f86
@@ -40,8 +40,8 @@ def _line(key, runs, columns, verdict):
 def _groups(frame):
     "The columns of each group, `as printed` and, where they have been asked for, `tuned`."
     columns = [c for c in frame['column'].unique() if c not in ('ls', 'model')]
-    groups = {'as printed': [c for c in columns if not c.endswith(TUNED)],
-              'tuned': [c for c in columns if c.endswith(TUNED)]}
+    groups = {'as printed': [c for c in columns if not c.endswith(TUNED_END)],
+              'tuned': [c for c in columns if c.endswith(TUNED_END)]}
     return {name: ['ls', *found] for name, found in groups.items() if found}
 
 
