@@ -35,7 +35,7 @@ class Profile:
     def each_seed(self): return self.seeds if isinstance(self.seeds, tuple) else range(self.seeds)
 
 
-PROFILES = {'smoke': {'data': ('digits',), 'seeds': 2}, 'quick': {'data': ('digit_pairs',), 'workers': 0},
+PROFILES = {'smoke': {'data': ('digits',), 'seeds': 2}, 'quick': {'data': ('digit_pairs',), 'seeds': 4, 'workers': 0},
             'mini': {'data': ('cifar100',), 'workers': 0}, 'paper': {'data': ('cifar100', 'tinyimagenet', 'imagenet')}}
 
 

@@ -129,13 +129,13 @@ SMALL_OPTIONS = {'cmim': {'*': {'weight': 2.}}, 'mad': {'*': {'surrogate': 'cnn_
                  'dkd': {'*': {'warmup_epochs': 1}}}
 SMALL_RECIPES = {'knockoff': {'momentum': .5, 'weight_decay': 0., 'augment': 'none'}}
 
-PAIRS_DATA = {'digits': 4, 'per_class': 120, 'test_per_class': 250, 'noise': .4, 'held_out': .25}
-PAIRS_TEACHER = replace(QUICK_RECIPE, epochs=22, weight_decay=5e-3, evaluate_every=14)
+PAIRS_DATA = {'digits': 4, 'per_class': 112, 'test_per_class': 500, 'noise': .4, 'held_out': .25}
+PAIRS_TEACHER = replace(QUICK_RECIPE, epochs=20, weight_decay=5e-3, evaluate_every=20)
 PAIRS_DEFENSES = 'mad', 'apgp', 'rsp', 'nt', 'snt', 'st', 'ls', 'cmim:weight=0.5', 'cmim', 'cmim:weight=8'
 PAIRS_NULL = 'uniform', 'centroid', 'shuffled'
-PAIRS_STUDENT = replace(QUICK_RECIPE, epochs=28, batch_size=128, weight_decay=1e-2, augment='none', evaluate_every=14,
+PAIRS_STUDENT = replace(QUICK_RECIPE, epochs=22, batch_size=128, weight_decay=1e-2, augment='none', evaluate_every=22,
                         fused=8)
-PAIRS_RECIPES = {'knockoff': {**SMALL_RECIPES['knockoff'], 'fused': 0}} # its batches are its own: no company
+PAIRS_RECIPES = {'knockoff': {**SMALL_RECIPES['knockoff'], 'lr': .5, 'fused': 0}} # its batches are its own: no company
 
 # %% ../../nbs/experiments/02_tasks.ipynb #531d62ce
 def _part(data, **wanted):
