@@ -7,11 +7,11 @@ import torch
 
 from cmim_repro.defenses.centroids import ResampleBank
 from cmim_repro.experiments.execution import execute
-from cmim_repro.experiments.profiles import Entry
+from cmim_repro.experiments.profiles import Entry, narrowed, profile
 from cmim_repro.experiments.runs import Plan, make_run
 from cmim_repro.experiments.store import Store
 from cmim_repro.lab.training import Batch, Recipe, Settings
-from cmim_repro.report.results import chosen, results_frame, rule_note, verdicts
+from cmim_repro.report.results import chosen, results_frame, rule_note, student_entries, verdicts
 from cmim_repro.report.statistics import welch
 
 
@@ -127,3 +127,11 @@ def test_tuned_attacks_are_judged_in_a_line_of_their_own():
     assert found['verdict'].loc['ce'].to_dict() == {'as printed': 'undistillable', 'tuned': 'distillable'}
     assert found['knowledge'].loc['ce'].to_dict() == {'as printed': 'undistillable', 'tuned': 'undistillable'}
     assert 'KD tuned' in found.loc[('ce', 'tuned'), 'why']
+
+
+def test_the_note_says_how_many_images_a_thief_has():
+    def note(overrides):
+        return rule_note(student_entries(narrowed(profile('smoke'), overrides=overrides)), 'clean', 'last')
+
+    assert 'Students have 5 images of each class, their teachers 20.' in note('thief_images=.25')
+    assert 'Students have' not in note('')

@@ -78,3 +78,26 @@ def test_what_is_no_task_gets_a_sentence():
         narrowed(profile('smoke'), data_sets='folder')
     with pytest.raises(Invalid, match="Unknown data set 'cifar10'; accepted: cifar100"):
         narrowed(profile('quick'), data_sets='cifar10')
+
+
+def images_of(options, split):
+    data = dataset('digits', **options)
+    return {image.numpy().tobytes() for image in data.pictures(data.take(split, range(data.size(split))))}
+
+
+def test_a_thief_has_a_part_of_the_owners_images_and_holds_out_what_the_teacher_has_not_seen(tmp_path):
+    [task] = narrowed(profile('smoke'), overrides='thief_images=.5').tasks
+    teacher = protected(task, 'ce', task.pairs[0][0], 0)
+    student, alone = attacked(task, 'kd', 'cnn_tiny', teacher), smoothed(task, 'cnn_tiny', .1, 0)
+    assert teacher == protected(profile('smoke').tasks[0], 'ce', task.pairs[0][0], 0)
+    assert student.data_options == alone.data_options == {**teacher.data_options, 'per_class': 10}
+    held, own = images_of(student.data_options, 'held_out'), images_of(student.data_options, 'train')
+    assert len(held) == 10 and len(own) == 90 and not held & images_of(teacher.data_options, 'train')
+    assert images_of(student.data_options, 'test') == images_of(teacher.data_options, 'test')
+    store = Store(tmp_path)
+    assert execute(Plan.of([student, alone]), store, CPU) == [] and store.result(student)['accuracy'] > 0
+
+
+def test_a_data_set_without_a_choice_of_images_has_no_thief(stripes):
+    with pytest.raises(Invalid, match='thief_images is 0.5, but stripes has no option per_class'):
+        narrowed(profile('smoke'), data_sets=stripes, overrides='thief_images=.5')

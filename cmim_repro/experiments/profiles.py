@@ -116,7 +116,7 @@ def is_null(
 # %% ../../nbs/experiments/03_profiles.ipynb #bd274bf8
 _RECIPE = tuple(f.name for f in fields(Recipe))
 _DATA = ('classes', 'per_class', 'test_per_class', 'held_out', 'split_seed', 'image_size')
-_OTHER = ('epsilons', 'recipe', 'pretrained')
+_OTHER = ('epsilons', 'recipe', 'pretrained', 'thief_images')
 _SCALED = ('milestones', 'step_epochs', 'warmup_epochs') # what `override` moves with the number of epochs
 
 
@@ -177,6 +177,7 @@ def _changed(task, overrides):
         elif dot: task = _with_option(task, who, option, value)
         elif name in _RECIPE: recipe[name] = value
         elif name in accepted: task = replace(task, data_options={**task.data_options, name: value})
+        elif name == 'thief_images': task = replace(task, thief_images=value)
         elif name == 'epsilons': task = replace(task, epsilons=tuple(_listed(value)))
         elif name not in (*_DATA, *_OTHER):
             known = [*sorted(_RECIPE), *_DATA, *_OTHER, 'METHOD.OPTION', 'NETWORK.RECIPE_OPTION']
@@ -334,7 +335,7 @@ def attacked(
     variant, options = _split_variant({**task.method_options(method, student), **given, **choice})
     online = attack.options(method, variant, **options).get('queries') == 'online' # asks while it trains
     recipe = task.recipe('student', student, 'common' if online else method)
-    return make_run(task.data, student, method, seed=teacher.seed, recipe=recipe, data_options=task.data_options,
+    return make_run(task.data, student, method, seed=teacher.seed, recipe=recipe, data_options=task.student_data,
                     model_options=task.networks.get(student), variant=variant, teacher=teacher, **options)
 
 
@@ -346,7 +347,7 @@ def smoothed(
 )->Run:
     "The student that is trained alone with label smoothing."
     return make_run(task.data, student, 'ls', seed=seed, recipe=task.recipe('student', student, 'ls'),
-                    data_options=task.data_options, model_options=task.networks.get(student), epsilon=epsilon)
+                    data_options=task.student_data, model_options=task.networks.get(student), epsilon=epsilon)
 
 # %% ../../nbs/experiments/03_profiles.ipynb #1c767d39
 def choice_label(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from ..attacks.core import attack
-from ..core import check_choice
+from ..core import Invalid, check_choice, check_number
 from ..defenses.core import objective, release
 from ..defenses.ls import EPSILONS
 from .runs import registry_of
@@ -39,6 +39,19 @@ class Task:
     networks: Mapping = field(default_factory=dict) # Network to its options, such as its width
     choices: Mapping = field(default_factory=dict) # Name to (recipe, changes by network): what `recipe=NAME` may choose
     pretrained: bool = False # Take the cross-entropy teachers' published weights instead of training them
+    thief_images: float = 1. # Part of the teacher's images of each class that students have, above 0
+
+    def __post_init__(self):
+        part = check_number('thief_images', self.thief_images, 0, 1, open_low=True)
+        if part < 1 and 'per_class' not in dataset.options(self.data):
+            raise Invalid(f'thief_images is {part:g}, but {self.data} has no option per_class to choose fewer images.')
+
+    @property
+    def student_data(self):
+        "Options of the data set for students: fewer images of each class, and as large a part of them held out."
+        if self.thief_images == 1: return self.data_options
+        whole = self.data_options.get('per_class') or size_of(self.data, {}).most('train')
+        return {**self.data_options, 'per_class': max(1, round(self.thief_images*whole))}
 
     def method_options(self, method, network):
         "Options of a method for a network."

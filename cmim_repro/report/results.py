@@ -198,6 +198,14 @@ def _seeds_text(judgement, runs, ls, margin, limit=10_000):
 
 
 # %% ../../nbs/report/06_results.ipynb #951c2dd4
+def _images_note(entries):
+    "How many images students have, where they have fewer than their teachers."
+    students = [e.run for e in entries if e.run.kind == 'attack' and e.run.data == e.run.teacher.data]
+    found = {tuple(run.data_options.get('per_class') for run in (student, student.teacher)) for student in students}
+    return ''.join(f' Students have {own} images of each class, their teachers {whole or "all"}.'
+                   for own, whole in sorted(found, key=str) if own != whole)
+
+
 def rule_note(
     entries, # `Entry`s of the table
     selection: str, # clean or paper: how the cells' candidates are chosen
@@ -211,7 +219,7 @@ def rule_note(
     if any(held_out) and not all(held_out): aside += ' (of some data sets: held-out training images)'
     chosen_on = aside if selection == 'clean' else 'all test images'
     epoch = {'last': 'after the last epoch', 'best': 'of the best test epoch'}[protocol]
-    note = f'Rules: candidates of a cell are chosen on {chosen_on}; accuracies are those {epoch}.'
+    note = f'Rules: candidates of a cell are chosen on {chosen_on}; accuracies are those {epoch}.{_images_note(entries)}'
     if margin is None: return note
     return (f"{note} Verdicts: candidates chosen on {aside}, accuracy after the last epoch on {judging}, a gain above "
             f"{margin:g} points is a success, 95 % intervals over training seeds, on one fixed test set. The paper's "
