@@ -219,7 +219,8 @@ def rule_note(
     if any(held_out) and not all(held_out): aside += ' (of some data sets: held-out training images)'
     chosen_on = aside if selection == 'clean' else 'all test images'
     epoch = {'last': 'after the last epoch', 'best': 'of the best test epoch'}[protocol]
-    note = f'Rules: candidates of a cell are chosen on {chosen_on}; accuracies are those {epoch}.{_images_note(entries)}'
+    note = f'Rules: candidates of a cell are chosen on {chosen_on}; accuracies are those {epoch}.'
+    note += _images_note(entries)
     if margin is None: return note
     return (f"{note} Verdicts: candidates chosen on {aside}, accuracy after the last epoch on {judging}, a gain above "
             f"{margin:g} points is a success, 95 % intervals over training seeds, on one fixed test set. The paper's "
