@@ -5,11 +5,12 @@ import stat
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from cmim_repro.core import Invalid, Unusable
-from cmim_repro.experiments.execution import execute
+from cmim_repro.experiments.execution import OpenRuns, execute
 from cmim_repro.experiments.runs import Plan, make_run
 from cmim_repro.experiments.store import Store
 from cmim_repro.experiments.workers import (
@@ -227,7 +228,7 @@ except FileExistsError:
 time.sleep(3600)
 """
     with pytest.raises(Unusable, match='^the second child fails$'):
-        run_children(['-c', code, str(tmp_path)], 2, tmp_path, lambda: None, pause=.05)
+        run_children(['-c', code, str(tmp_path)], 2, tmp_path, lambda last: None, pause=.05)
     with pytest.raises(ProcessLookupError): os.kill(int((tmp_path/'pid').read_text()), 0)
 
 
@@ -236,9 +237,28 @@ def test_no_child_outlives_an_interrupt(tmp_path):
     children = tmp_path/'children'
     children.mkdir()
 
-    def interrupt():
+    def interrupt(last):
         if len(list(children.iterdir())) == 2: raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt): run_children(['-c', code, str(children)], 2, tmp_path, interrupt, pause=.05)
     for child in children.iterdir():
         with pytest.raises(ProcessLookupError): os.kill(int(child.name), 0)
+
+
+def test_watching_a_plan_takes_a_tenth_of_the_time_however_many_runs_are_open(monkeypatch):
+    clock, asked, done = [0.], [], set()
+
+    def finished(run):
+        clock[0] += .001
+        asked.append(run)
+        return run in done
+
+    monkeypatch.setattr('cmim_repro.experiments.execution.time', SimpleNamespace(monotonic=lambda: clock[0]))
+    open_ = OpenRuns(SimpleNamespace(runs=range(200)), SimpleNamespace(finished=finished))
+    for _ in range(50): assert open_.look() == (0, 200, list(range(200)))
+    assert len(asked) == 200
+    clock[0] += 2
+    done |= set(range(150))
+    assert open_.look() == (150, 200, list(range(150, 200))) and len(asked) == 400
+    done.add(199)
+    assert open_.look()[0] == 150 and open_.look(now=True)[0] == 151

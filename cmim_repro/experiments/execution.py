@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHOOSING', 'JUDGING', 'ROOM', 'load_data', 'make_method', 'make_network', 'answers_of', 'released', 'keep_answers',
-           'TransferSet', 'query_data', 'run_cohort', 'execute', 'complaints', 'settled', 'log_progress',
+           'TransferSet', 'query_data', 'run_cohort', 'OpenRuns', 'execute', 'complaints', 'settled', 'log_progress',
            'read_settings', 'read_plan', 'main']
 
 # %% ../../nbs/experiments/05_execution.ipynb #b550767a
@@ -373,7 +373,7 @@ def _compute_cohort(cohort, store, settings, facts, teachers, watch):
     try:
         state, mine = agreed(claim)
         if runs := [cohort[i] for i in mine]:
-            watch(runs[0].name, count=True)
+            watch(runs[0].name)
             data = load_data(runs[0], **facts)
             if runs[0].kind == 'attack': data = query_data(runs[0], data, **facts) # MAD's budget is another thing
             with cpu_threads(settings.threads): run_cohort(
@@ -383,6 +383,20 @@ def _compute_cohort(cohort, store, settings, facts, teachers, watch):
     return state != 'lost' and not agreed(lambda: all(map(store.finished, cohort)))
 
 # %% ../../nbs/experiments/05_execution.ipynb #8eb3c9b0
+class OpenRuns:
+    "The runs of a plan that a store lacks; looking takes at most a tenth of the time, however many they are."
+    def __init__(self, plan, store):
+        self.total, self.store, self.runs, self._next = len(plan.runs), store, plan.runs, 0.
+
+    def look(self, now=False):
+        "Finished runs, all runs, and those open at the last look, which is this one if it is time or must be `now`."
+        started = time.monotonic()
+        if now or started >= self._next:
+            self.runs = [run for run in self.runs if not self.store.finished(run)]
+            self._next = started + 10*(time.monotonic() - started)
+        return self.total - len(self.runs), self.total, self.runs
+
+
 def execute(
     plan, # A `Plan`
     store, # A `Store`
@@ -397,20 +411,20 @@ def execute(
     teachers = {run.teacher.id for run in plan.runs if run.teacher}
     facts = {'root': None if root is None else str(root), 'allow_unverified': allow_unverified,
              'device': str(settings.resolve())}
-    cohorts, open_ = plan.cohorts(limit), set(plan.runs)
+    cohorts, open_ = plan.cohorts(limit), OpenRuns(plan, store)
     todo = agreed(lambda: [i for i, cohort in enumerate(cohorts) if not all(map(store.finished, cohort))])
     for i in todo: _check_processes(cohorts[i][0])
 
-    def watch(text, count=False):
+    def watch(text, last=False):
         if progress is None or process_rank(): return
-        if count: open_.difference_update([run for run in open_ if store.finished(run)])
-        progress(len(plan.runs) - len(open_), len(plan.runs), text)
+        done, total, _ = open_.look(last)
+        progress(done, total, text)
 
     while todo:
         waiting = [i for i in todo if _compute_cohort(cohorts[i], store, settings, facts, teachers, watch)]
         if len(waiting) == len(todo): time.sleep(pause)
         todo = waiting
-    watch('done', count=True)
+    watch('done', last=True)
     return complaints(plan, store)
 
 # %% ../../nbs/experiments/05_execution.ipynb #f63a731e

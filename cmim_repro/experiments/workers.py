@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from ..core import Invalid, Unusable, atomic_write, check_number, usable_cores
-from .execution import complaints, execute, settled
+from .execution import OpenRuns, complaints, execute, settled
 from .runs import Plan
 from .store import Store
 from ..lab.training import Settings
@@ -124,7 +124,7 @@ def run_children(
     command: list, # What each child runs, without the interpreter's name
     count: int, # How many children
     folder, # Where their outputs are kept meanwhile
-    look, # Called now and then without arguments, for progress
+    look, # Called now and then for progress, with True when all have ended
     pause=2., # Seconds between two looks
 ):
     "Start children and wait until all have ended; `Unusable` has the sentence of one that failed."
@@ -137,19 +137,19 @@ def run_children(
         while running:
             time.sleep(pause)
             running = any([child.poll() is None for child in children])
-            look()
+            look(not running)
             for child, log in zip(children, logs, strict=True):
                 if sentence := _failure(child, log): raise Unusable(sentence)
 
 # %% ../../nbs/experiments/06_workers.ipynb #a729ad8b
 def _look(plan, store, progress, workers=None):
     "A function that tells `progress` what the store has of the plan."
-    open_runs = list(plan.runs)
+    open_ = OpenRuns(plan, store)
 
-    def look():
-        open_runs[:] = [run for run in open_runs if not store.finished(run)]
-        text = f'{open_runs[0].name}{workers() if workers else ""}' if open_runs else 'done'
-        if progress: progress(len(plan.runs) - len(open_runs), len(plan.runs), text)
+    def look(last):
+        if progress is None: return
+        done, total, runs = open_.look(last)
+        progress(done, total, f'{runs[0].name}{workers() if workers else ""}' if runs else 'done')
     return look
 
 
@@ -283,7 +283,7 @@ def execute_on_dask(
             time.sleep(pause)
             for part in [part for part, future in waiting.items() if future.done()]:
                 _check_done(part, waiting.pop(part), store)
-            look()
+            look(not waiting)
     finally: client.cancel(list(futures.values()))
     return complaints(plan, store)
 
