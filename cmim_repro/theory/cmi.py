@@ -161,10 +161,14 @@ def _sums(probs, entropies):
     return torch.cat([probs.sum(1), entropies.sum(1)[:, None]], 1)
 
 
-def _finish(means, counts, per_class):
-    "CMI from the class means of probabilities and entropy, (classes, N, C + 1); eq. 33, then eq. 12."
-    values = torch.special.entr(means[..., :-1]).sum(-1) - means[..., -1]
-    return values if per_class else values.nan_to_num(0).T @ (counts / counts.sum())
+def _class_values(means):
+    "CMI of classes from their means of probabilities and entropy, (..., N, C + 1): (..., N); eq. 33."
+    return torch.special.entr(means[..., :-1]).sum(-1) - means[..., -1]
+
+
+def _over_classes(values, counts):
+    "CMI at each power, (N,), from that of each class, (classes, N); eq. 12."
+    return values.nan_to_num(0).T @ (counts / counts.sum())
 
 # %% ../../nbs/theory/02_cmi.ipynb #3feae5d1
 @torch.no_grad()
@@ -181,7 +185,8 @@ def cmi_curve(
     sums = log_probs.new_zeros(num_classes, len(alphas), log_probs.shape[1] + 1, dtype=torch.float64)
     for y, chosen, *values in _blocks(log_probs, labels, alphas): sums[y, chosen] += _sums(*values)
     counts = torch.bincount(labels, minlength=num_classes).double()
-    return _finish(sums / counts[:, None, None], counts, per_class)
+    values = _class_values(sums / counts[:, None, None])
+    return values if per_class else _over_classes(values, counts)
 
 # %% ../../nbs/theory/02_cmi.ipynb #5c2c6c1a
 PLACES = 31 # binary places in each of the two pieces
@@ -247,16 +252,16 @@ class _FixedSums:
 # %% ../../nbs/theory/02_cmi.ipynb #a7800088
 class CMIAccumulator(_FixedSums):
     "CMI from a stream of batches: `update` takes one in; `merge` adds another stream's sums, exactly and in any order."
-    def _means(self): return _from_fixed(self.sums) / self.counts[:, None, None]
+    def _means(self, y): return _from_fixed(self.sums[:, y]) / self.counts[y]
 
     def class_cmi(self):
         "CMI of each class at each power (eq. 14), (classes, N), in nats; NaN for a class not seen."
-        return _finish(self._means(), self.counts.double(), True)
+        return torch.stack([_class_values(self._means(y)) for y in range(self.num_classes)]) # the sums are large
 
     def cmi(self):
         "CMI at each power (eq. 15), (N,), in nats; NaN when nothing was seen."
-        return _finish(self._means(), self.counts.double(), False)
+        return _over_classes(self.class_cmi(), self.counts.double())
 
     def log_centroids(self):
         "Log of the centroids (eq. 16), (classes, N, C); NaN for a class not seen."
-        return self._means()[..., :-1].log()
+        return torch.stack([self._means(y)[:, :-1].log() for y in range(self.num_classes)])
