@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
+from cmim_repro.core import Invalid
 from cmim_repro.defenses.centroids import ResampleBank
 from cmim_repro.experiments.execution import execute
 from cmim_repro.experiments.profiles import Entry, narrowed, profile
@@ -135,3 +136,13 @@ def test_the_note_says_how_many_images_a_thief_has():
 
     assert 'Students have 5 images of each class, their teachers 20.' in note('thief_images=.25')
     assert 'Students have' not in note('')
+
+
+def columns_of(**asked): return list(dict.fromkeys(e.column for e in student_entries(narrowed(profile('smoke'), **asked))))
+
+
+def test_attacks_are_tuned_all_or_by_name_and_once_each():
+    assert columns_of(attacks='kd, dkd', tuned=True) == ['model', 'kd', 'dkd', 'kd tuned', 'dkd tuned', 'ls']
+    assert columns_of(attacks='kd, dkd', tuned='dist, kd') == ['model', 'kd', 'dkd', 'dist tuned', 'kd tuned', 'ls']
+    assert columns_of(attacks='kd, kd:weight=.5', tuned=True) == ['model', 'kd', 'kd:weight=.5', 'kd tuned', 'ls']
+    with pytest.raises(Invalid, match="Unknown attack 'kdd'"): narrowed(profile('smoke'), tuned='kdd')

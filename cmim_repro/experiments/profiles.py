@@ -246,6 +246,12 @@ def _tasks(chosen, data_sets, pairs):
     return kept + [task_for(chosen.name, name, pairs) for name in dict.fromkeys(data_sets) if name not in known]
 
 # %% ../../nbs/experiments/03_profiles.ipynb #674a4572
+def _tuned(asked, columns):
+    "Names of the attacks that are tuned."
+    if isinstance(asked, bool): asked = [read_spec(name)[0] for name in columns] if asked else []
+    return tuple(dict.fromkeys(names(asked)))
+
+
 def narrowed(
     chosen: Profile, # The profile to start from
     *, seeds=None, # Number of seeds, or the seeds, as for `read_seeds`
@@ -253,7 +259,7 @@ def narrowed(
     defenses='', # Names, perhaps with options, as for `read_spec`; empty means the profile's
     null_arms='', # Names of rows to compare gains with; empty means the profile's, none for none
     attacks='', # Names, perhaps with options; empty means the profile's
-    tuned=False, # Add the attacks with as many settings as the LS student may try
+    tuned=False, # Attacks that are added with as many settings as the LS student may try: True for all, or names
     networks='', # Pairs teacher:student; empty means the tasks'
     variant='', # One reading of all methods and of the recipe: paper or authors; empty means what is recommended
     overrides='', # Changes of recipes and options
@@ -265,13 +271,15 @@ def narrowed(
     for name in rows: check_choice('defence', read_spec(name)[0], every)
     for name in arms: check_choice('null arm', read_spec(name)[0], [d for d in every if is_null(d)])
     for name in columns: check_choice('attack', read_spec(name)[0], attack.names())
+    for name in names(tuned if not isinstance(tuned, bool) else ''): check_choice('attack', name, attack.names())
     tasks = _tasks(chosen, names(data_sets), tuple(map(_pair, names(networks))))
     _check_taken(tasks, overrides)
     changed = []
     for task in tasks:
         if variant: task = _with_reading(task, variant)
-        task = replace(task, defenses=rows or task.defenses, attacks=columns or task.attacks, tuned=bool(tuned),
+        task = replace(task, defenses=rows or task.defenses, attacks=columns or task.attacks,
                        null_arms=arms if null_arms else task.null_arms)
+        task = replace(task, tuned=_tuned(tuned, task.attacks))
         changed.append(_with_weights(_changed(task, overrides), overrides.get('pretrained', task.pretrained)))
     return replace(chosen, tasks=tuple(changed), seeds=chosen.seeds if seeds is None else read_seeds(seeds))
 

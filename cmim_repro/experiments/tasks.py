@@ -32,7 +32,7 @@ class Task:
     defenses: tuple = ('mad', 'apgp', 'rsp', 'nt', 'snt', 'st', 'ls', 'cmim') # Rows of Table 1
     null_arms: tuple = () # Further rows: answers that know nothing of the image, to compare an attack's gain with
     attacks: tuple = ('kd', 'mkd', 'dkd', 'dist', 'htc', 'avg', 'knockoff') # Columns of Table 1
-    tuned: bool = False # Further columns: each attack with as many settings as the LS student may try
+    tuned: tuple = () # Further columns: attacks with as many settings as the LS student may try
     epsilons: tuple = EPSILONS # Grid of the label-smoothing student (App. G)
     options: Mapping = field(default_factory=dict) # Method to {network or '*': options}
     recipes: Mapping = field(default_factory=dict) # Network or method to changes of its recipe

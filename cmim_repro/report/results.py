@@ -23,7 +23,7 @@ def _pair_entries(task, defense, network, student, seed):
     "The protected model, its students under every attack, and the student's own label smoothing."
     teacher = protected(task, defense, network, seed)
     yield Entry(task.data, defense, network, '', 'model', '', seed, teacher)
-    for method, tuned in [(m, t) for t in ([False, True] if task.tuned else [False]) for m in task.attacks]:
+    for method, tuned in [*((m, False) for m in task.attacks), *((m, True) for m in task.tuned)]:
         for choice in candidates(task, method, student, tuned):
             run = attacked(task, method, student, teacher, **choice)
             column = f'{method}{TUNED_END}' if tuned else method
