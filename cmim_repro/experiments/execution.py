@@ -382,7 +382,7 @@ def _compute_cohort(cohort, store, settings, facts, teachers, watch):
         for lock in locks: lock.release()
     return state != 'lost' and not agreed(lambda: all(map(store.finished, cohort)))
 
-# %% ../../nbs/experiments/05_execution.ipynb #8eb3c9b0
+# %% ../../nbs/experiments/05_execution.ipynb #b64ff214
 class OpenRuns:
     "The runs of a plan that a store lacks; looking takes at most a tenth of the time, however many they are."
     def __init__(self, plan, store):
@@ -396,7 +396,7 @@ class OpenRuns:
             self._next = started + 10*(time.monotonic() - started)
         return self.total - len(self.runs), self.total, self.runs
 
-
+# %% ../../nbs/experiments/05_execution.ipynb #8eb3c9b0
 def execute(
     plan, # A `Plan`
     store, # A `Store`

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RECIPES', 'SLOW', 'CHOICES', 'IMAGENET_CHOICES', 'PAPER_PAIRS', 'PAPER_DEFENSES', 'MINI_CLASSES', 'MINI_RECIPE',
            'QUICK_RECIPE', 'SMOKE_RECIPE', 'SMALL_OPTIONS', 'SMALL_RECIPES', 'PAIRS_DATA', 'PAIRS_TEACHER',
-           'PAIRS_DEFENSES', 'PAIRS_NULL', 'PAIRS_STUDENT', 'PAIRS_RECIPES', 'TASKS', 'Task', 'paper_options',
-           'networks_for', 'paper_task', 'mini_task', 'quick_task', 'smoke_task', 'data_sets', 'task_for']
+           'PAIRS_DEFENSES', 'PAIRS_NULL', 'PAIRS_STUDENT', 'PAIRS_RECIPES', 'TASKS', 'thief_data', 'Task',
+           'paper_options', 'networks_for', 'paper_task', 'mini_task', 'quick_task', 'smoke_task', 'data_sets',
+           'task_for']
 
 # %% ../../nbs/experiments/02_tasks.ipynb #b7f29a2a
 from collections.abc import Mapping
@@ -19,6 +20,19 @@ from ..defenses.ls import EPSILONS
 from .runs import registry_of
 from ..lab.data.core import dataset, size_of
 from ..lab.training import Recipe, override
+
+# %% ../../nbs/experiments/02_tasks.ipynb #ecc1694c
+def thief_data(
+    data: str, # Name of a data set
+    options: Mapping, # The owner's part of it
+    part: float, # Of the owner's images of each class, above 0
+)->Mapping:
+    "Options for a thief: fewer images of each class, and as large a part of them held out."
+    if check_number('thief_images', part, 0, 1, open_low=True) == 1: return options
+    if 'per_class' not in dataset.options(data):
+        raise Invalid(f'thief_images is {part:g}, but {data} has no option per_class to choose fewer images.')
+    whole = options.get('per_class') or size_of(data, {}).most('train')
+    return {**options, 'per_class': max(1, round(part*whole))}
 
 # %% ../../nbs/experiments/02_tasks.ipynb #a65319b8
 @dataclass(frozen=True)
@@ -41,17 +55,12 @@ class Task:
     pretrained: bool = False # Take the cross-entropy teachers' published weights instead of training them
     thief_images: float = 1. # Part of the teacher's images of each class that students have, above 0
 
-    def __post_init__(self):
-        part = check_number('thief_images', self.thief_images, 0, 1, open_low=True)
-        if part < 1 and 'per_class' not in dataset.options(self.data):
-            raise Invalid(f'thief_images is {part:g}, but {self.data} has no option per_class to choose fewer images.')
+    def __post_init__(self): thief_data(self.data, self.data_options, self.thief_images) # refuses what is no part
 
     @property
     def student_data(self):
-        "Options of the data set for students: fewer images of each class, and as large a part of them held out."
-        if self.thief_images == 1: return self.data_options
-        whole = self.data_options.get('per_class') or size_of(self.data, {}).most('train')
-        return {**self.data_options, 'per_class': max(1, round(self.thief_images*whole))}
+        "Options of the data set for students."
+        return thief_data(self.data, self.data_options, self.thief_images)
 
     def method_options(self, method, network):
         "Options of a method for a network."

@@ -201,7 +201,8 @@ def _seeds_text(judgement, runs, ls, margin, limit=10_000):
 def _images_note(entries):
     "How many images students have, where they have fewer than their teachers."
     students = [e.run for e in entries if e.run.kind == 'attack' and e.run.data == e.run.teacher.data]
-    found = {tuple(run.data_options.get('per_class') for run in (student, student.teacher)) for student in students}
+    count = lambda run: run.data_options.get('per_class')
+    found = {(count(run), count(run.teacher)) for run in students}
     return ''.join(f' Students have {own} images of each class, their teachers {whole or "all"}.'
                    for own, whole in sorted(found, key=str) if own != whole)
 
