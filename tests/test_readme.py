@@ -173,11 +173,16 @@ QUICK = ROOT/'data'/'results'/'quick'
 ROWS = ['ce', 'mad', 'apgp', 'rsp', 'nt', 'snt', 'st', 'ls', 'cmim']
 
 
+def gains_in(folder):
+    "Mean gains over the LS student in points: rows are defences, columns attacks."
+    runs = pd.read_csv(folder/'table1_runs.csv')
+    picked = runs[runs['chosen_clean'] & (runs['column'] != 'model')].pivot_table(index='defense', columns='column', values='last')
+    return picked.drop(columns='ls').sub(picked['ls'], axis=0)
+
+
 def quick_facts():
     "What the README says of quick: sentences, or parts of them."
-    found, runs = pd.read_csv(QUICK/'verdicts.csv').set_index('defense'), pd.read_csv(QUICK/'table1_runs.csv')
-    picked = runs[runs['chosen_clean'] & (runs['column'] != 'model')].pivot_table(index='defense', columns='column', values='last')
-    gains = picked.drop(columns='ls').sub(picked['ls'], axis=0)
+    found, gains = pd.read_csv(QUICK/'verdicts.csv').set_index('defense'), gains_in(QUICK)
     ce = found.loc['ce']
     assert (ce['verdict'], ce['knowledge']) == ('distillable', 'distillable')
     yield f"The undefended teacher is {told(ce['verdict'], ce['why'])}, and against the null arms by {told(ce['knowledge'], ce['knowledge: why']).split(' by ')[1]}"
@@ -215,21 +220,12 @@ def told(verdict, why):
 def set_rows():
     "Lines of the README's table on three sets of seeds."
     for seeds, folder in SETS.items():
-        found, runs = pd.read_csv(folder/'verdicts.csv').set_index('defense'), pd.read_csv(folder/'table1_runs.csv')
-        picked = runs[runs['chosen_clean'] & (runs['column'] != 'model')].pivot_table(index='defense', columns='column', values='last')
-        best = picked.drop(columns='ls').sub(picked['ls'], axis=0).max(axis=1)
+        found, best = pd.read_csv(folder/'verdicts.csv').set_index('defense'), gains_in(folder).max(axis=1)
         chosen = pd.read_csv(folder/'weights.csv').dropna(subset='chosen')
         [rule] = [f"{w:g}" + ('' if why == 'by the rule' else ' (none keeps to it)') for w, why in zip(chosen['weight'], chosen['chosen'], strict=True)]
         ce, decided = found.loc['ce'], (found.loc[ROWS, 'verdict'] != 'undecided').sum()
         dose = ' / '.join(f'{best[row]:+.2f}' for row in ('ce', 'cmim:weight=0.5', 'cmim', 'cmim:weight=8', 'centroid'))
         yield f"| {seeds} | {told(ce['verdict'], ce['why'])} | {told(ce['knowledge'], ce['knowledge: why'])} | {decided} of 9 | {dose} | {rule} |"
-
-
-def gains_in(folder):
-    "Mean gains over the LS student in points: rows are defences, columns attacks."
-    runs = pd.read_csv(folder/'table1_runs.csv')
-    picked = runs[runs['chosen_clean'] & (runs['column'] != 'model')].pivot_table(index='defense', columns='column', values='last')
-    return picked.drop(columns='ls').sub(picked['ls'], axis=0)
 
 
 DOSE = ['ce', 'cmim:weight=0.5', 'cmim', 'cmim:weight=8']
