@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -262,3 +263,34 @@ def test_watching_a_plan_takes_a_tenth_of_the_time_however_many_runs_are_open(mo
     assert open_.look() == (150, 200, list(range(150, 200))) and len(asked) == 400
     done.add(199)
     assert open_.look()[0] == 150 and open_.look(now=True)[0] == 151
+
+
+OWNED = """
+import sys, time
+from cmim_repro.experiments.workers import run_children
+child = "import os, pathlib, sys, time; from cmim_repro.experiments.execution import end_with_owner; end_with_owner(.05); "
+child += "pathlib.Path(sys.argv[1], str(os.getpid())).touch(); time.sleep(3600)"
+run_children(['-c', child, sys.argv[1]], 2, sys.argv[2], lambda last: None)
+"""
+
+
+def gone(process):
+    "Has it ended? One that nobody has buried yet has."
+    try: return Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[0] == 'Z'
+    except OSError: return True
+
+
+@pytest.mark.skipif(not Path('/proc/self/stat').exists(), reason='needs /proc')
+@pytest.mark.parametrize('how', [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+def test_workers_end_with_the_process_they_work_for_however_it_ends(tmp_path, how):
+    children, logs = tmp_path/'children', tmp_path/'logs'
+    children.mkdir()
+    logs.mkdir()
+    owner = subprocess.Popen([sys.executable, '-c', OWNED, str(children), str(logs)])
+    def wait_until(condition):
+        until = time.monotonic() + 60
+        while not condition(): assert time.monotonic() < until; time.sleep(.05)
+    wait_until(lambda: len(list(children.iterdir())) == 2)
+    owner.send_signal(how)
+    owner.wait()
+    wait_until(lambda: all(gone(child.name) for child in children.iterdir()))

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from ..core import Invalid, Unusable, atomic_write, check_number, usable_cores
-from .execution import OpenRuns, complaints, execute, settled
+from .execution import OWNER, OpenRuns, complaints, execute, settled
 from .runs import Plan
 from .store import Store
 from ..lab.training import Settings
@@ -132,7 +132,8 @@ def run_children(
         logs = [stack.enter_context(tempfile.TemporaryFile('w+', dir=folder)) for _ in range(count)]
         children = []
         stack.callback(_end, children)
-        for log in logs: children.append(subprocess.Popen([sys.executable, *command], stdout=log, stderr=log))
+        own = {**os.environ, OWNER: str(os.getpid())}
+        for log in logs: children.append(subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=own))
         running = True
         while running:
             time.sleep(pause)
