@@ -60,10 +60,10 @@ def environment(path, folder):
 
 
 def lighter(picture):
-    "A PNG in base64 with a palette of 128 colours, where that makes it smaller."
+    "A PNG in base64 with a palette of 64 colours, where that makes it smaller."
     from PIL import Image
     small = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(picture))).convert('RGB').quantize(128).save(small, 'PNG', optimize=True)
+    Image.open(io.BytesIO(base64.b64decode(picture))).convert('RGB').quantize(64).save(small, 'PNG', optimize=True)
     return min(picture.strip(), base64.b64encode(small.getvalue()).decode(), key=len)
 
 
