@@ -256,13 +256,13 @@ def test_watching_a_plan_takes_a_tenth_of_the_time_however_many_runs_are_open(mo
 
     monkeypatch.setattr('cmim_repro.experiments.execution.time', SimpleNamespace(monotonic=lambda: clock[0]))
     open_ = OpenRuns(SimpleNamespace(runs=range(200)), SimpleNamespace(finished=finished))
-    for _ in range(50): assert open_.look() == (0, 200, list(range(200)))
+    for _ in range(50): assert open_.look() == list(range(200))
     assert len(asked) == 200
     clock[0] += 2
     done |= set(range(150))
-    assert open_.look() == (150, 200, list(range(150, 200))) and len(asked) == 400
+    assert open_.look() == list(range(150, 200)) and len(asked) == 400
     done.add(199)
-    assert open_.look()[0] == 150 and open_.look(now=True)[0] == 151
+    assert open_.look() == list(range(150, 200)) and open_.look(now=True) == list(range(150, 199))
 
 
 OWNED = """

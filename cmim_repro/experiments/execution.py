@@ -387,16 +387,15 @@ def _compute_cohort(cohort, store, settings, facts, teachers, watch):
 # %% ../../nbs/experiments/05_execution.ipynb #b64ff214
 class OpenRuns:
     "The runs of a plan that a store lacks; looking takes at most a tenth of the time, however many they are."
-    def __init__(self, plan, store):
-        self.total, self.store, self.runs, self._next = len(plan.runs), store, plan.runs, 0.
+    def __init__(self, plan, store): self.store, self.runs, self._next = store, plan.runs, 0.
 
     def look(self, now=False):
-        "Finished runs, all runs, and those open at the last look, which is this one if it is time or must be `now`."
+        "Those open at the last look, which is this one if it is time or must be `now`."
         started = time.monotonic()
         if now or started >= self._next:
             self.runs = [run for run in self.runs if not self.store.finished(run)]
             self._next = started + 10*(time.monotonic() - started)
-        return self.total - len(self.runs), self.total, self.runs
+        return self.runs
 
 # %% ../../nbs/experiments/05_execution.ipynb #8eb3c9b0
 def execute(
@@ -419,8 +418,7 @@ def execute(
 
     def watch(text, last=False):
         if progress is None or process_rank(): return
-        done, total, _ = open_.look(last)
-        progress(done, total, text)
+        progress(len(plan.runs) - len(open_.look(last)), len(plan.runs), text)
 
     while todo:
         waiting = [i for i in todo if _compute_cohort(cohorts[i], store, settings, facts, teachers, watch)]

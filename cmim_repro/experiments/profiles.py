@@ -249,7 +249,7 @@ def _tasks(chosen, data_sets, pairs):
 def _tuned(asked, columns):
     "Names of the attacks that are tuned."
     if isinstance(asked, bool): asked = [read_spec(name)[0] for name in columns] if asked else []
-    return tuple(dict.fromkeys(names(asked)))
+    return tuple(dict.fromkeys(check_choice('attack', name, attack.names()) for name in names(asked)))
 
 
 def narrowed(
@@ -271,7 +271,6 @@ def narrowed(
     for name in rows: check_choice('defence', read_spec(name)[0], every)
     for name in arms: check_choice('null arm', read_spec(name)[0], [d for d in every if is_null(d)])
     for name in columns: check_choice('attack', read_spec(name)[0], attack.names())
-    for name in names(tuned if not isinstance(tuned, bool) else ''): check_choice('attack', name, attack.names())
     tasks = _tasks(chosen, names(data_sets), tuple(map(_pair, names(networks))))
     _check_taken(tasks, overrides)
     changed = []

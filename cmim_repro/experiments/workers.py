@@ -149,8 +149,9 @@ def _look(plan, store, progress, workers=None):
 
     def look(last):
         if progress is None: return
-        done, total, runs = open_.look(last)
-        progress(done, total, f'{runs[0].name}{workers() if workers else ""}' if runs else 'done')
+        runs = open_.look(last)
+        text = f'{runs[0].name}{workers() if workers else ""}' if runs else 'done'
+        progress(len(plan.runs) - len(runs), len(plan.runs), text)
     return look
 
 
