@@ -36,7 +36,8 @@ class Profile:
 
 
 PROFILES = {'smoke': {'data': ('digits',), 'seeds': 2}, 'quick': {'data': ('digit_pairs',), 'seeds': 4, 'workers': 0},
-            'mini': {'data': ('cifar100',), 'workers': 0}, 'paper': {'data': ('cifar100', 'tinyimagenet', 'imagenet')}}
+            'mini': {'data': ('cifar100',), 'seeds': 6, 'workers': 0},
+            'paper': {'data': ('cifar100', 'tinyimagenet', 'imagenet')}}
 
 
 def profile(
