@@ -20,7 +20,7 @@ from cmim_repro.report.exhibit import HOW, NARROWING, Exhibit, declared, read_pa
 from cmim_repro.report.formats import to_text
 from cmim_repro.report.models import model_curves, model_outputs
 from cmim_repro.report.paper_audit import smoothed_entropy
-from cmim_repro.report.results import chosen, provenance_note, results_frame, student_entries
+from cmim_repro.report.results import chosen, provenance_note, results_frame, student_entries, verdicts
 from cmim_repro.theory.cmi import class_cmi
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,7 +166,7 @@ def test_table_1_marks_what_is_better_and_judges_each_row(store):
     for e in entries: finish(store, e.run, level[e.choice or e.column] + .01*e.seed)
     def drawn():
         found = results_frame(entries, store)
-        return table1.draw(found, chosen(found))
+        return table1.draw(chosen(found), verdicts(found))
     def kd(): return drawn().rows[1][1][1]
     assert (round(kd().mean, 6), kd().n, kd().arrow) == (71, 3, 'down')
     text = to_text(drawn())
@@ -186,7 +186,7 @@ def test_the_answer_of_table_1(store, cmim, others, verdict):
     for e in entries:
         gains = {'cmim': cmim, 'st': others, 'ce': (0., 0., 0.)}[e.defense]
         finish(store, e.run, .7 + .01*e.seed + (gains[e.seed]/100 if e.column == 'kd' else 0))
-    assert table1.answer(results_frame(entries, store)).verdict == verdict
+    assert table1.answer(verdicts(results_frame(entries, store))).verdict == verdict
 
 
 def test_table_4_knows_the_entropy_of_invented_outputs(store):

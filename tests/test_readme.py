@@ -10,7 +10,9 @@ import torch
 from cmim_repro.defenses.ce import digit_network, digit_split
 from cmim_repro.defenses.core import objective
 from cmim_repro.defenses.ls import EPSILONS
-from cmim_repro.experiments.tasks import MINI_RECIPE, SMALL_OPTIONS
+from cmim_repro.experiments.profiles import narrowed, profile
+from cmim_repro.experiments.tasks import MINI_TEACHER, SMALL_OPTIONS
+from cmim_repro.report.exhibit import NARROWING, declared, notebook_of, read_value
 from cmim_repro.report.paper import paper_setting
 from cmim_repro.report.results import verdicts
 from cmim_repro.report.statistics import t_interval
@@ -51,6 +53,17 @@ def test_the_snippet_runs_and_trains():
 
 
 def test_there_is_a_table(): assert len(SHOWN) >= 3
+
+
+TEXTS = [README, *(path.read_text() for path in sorted((ROOT/'data'/'results').glob('*.md')))]
+GIVEN = {(name, value.strip('"').rstrip(':;.,')) for text in TEXTS for name, value in re.findall(r'-p (\w+) ("[^"]*"|[^\s`]+)', text)}
+
+
+@pytest.mark.parametrize('name, value', sorted(GIVEN))
+def test_parameters_are_taken_as_the_texts_give_them(name, value):
+    defaults = {**declared(notebook_of('table10')), **declared(notebook_of('table1'))}
+    read = read_value(name, value, defaults[name])
+    if name in NARROWING and name != 'networks': narrowed(profile('mini'), **{name: read}) # tables 2 to 6 take other networks
 
 
 def test_make_targets_exist():
@@ -105,7 +118,7 @@ def compared():
     assert edge == f'epsilon={min(EPSILONS)}'
     yield f'The label smoothing that was chosen, {min(EPSILONS)}, is the lower edge of its grid'
     grid, weight = paper_setting('grid'), SMALL_OPTIONS['cmim']['*']['weight']
-    assert weight > max(grid) and MINI_RECIPE.augment == 'none' and objective.options('cmim')['centroids'] == 'memory'
+    assert weight > max(grid) and MINI_TEACHER.augment == 'none' and objective.options('cmim')['centroids'] == 'memory'
     yield f"CMIM's lambda is {weight:g}, outside the paper's grid of {min(grid):g} to {max(grid):g}, and no rival was tuned"
     yield from ('There is no augmentation', "Centroids are the memory's, not Algorithm 1's")
 

@@ -17,7 +17,7 @@ from ..report.formats import Table, runs_cell
 from ..report.models import (cmi_table, confused_classes, first_seed, model_curves, model_outputs,
                                       table_accuracy, tuning)
 from ..report.paper import TUNED_END, label, printed
-from ..report.results import PLACE, chosen, runs_of, student_entries, student_rows, verdicts
+from ..report.results import PLACE, chosen, runs_of, student_entries, student_rows
 from ..report.statistics import Answer, agreement
 
 # %% ../../nbs/run_table1.ipynb #ca557f86
@@ -53,9 +53,9 @@ def _headings(groups, known):
 
 
 # %% ../../nbs/run_table1.ipynb #cb56f1ee
-def draw(frame, picked, margin=0., protocol='last')->Table:
+def draw(picked, judged)->Table:
     "Table 1 for what exists so far: printed value | mean ± sd (n) | arrow, and the verdicts of each row."
-    judged, groups, rows, section = verdicts(frame, margin, protocol), _groups(picked), [], None
+    groups, rows, section = _groups(picked), [], None
     known = judged['knowledge'].ne('').any()
     for key, row in student_rows(picked):
         if key[0] != section: rows.append(section := key[0])
@@ -90,9 +90,8 @@ def _control(rows):
     return 'Control, the undefended teacher: ' + ', '.join(f'{n} {verdict}' for verdict, n in counts.items()) + '.'
 
 
-def answer(frame, margin=0., protocol='last')->Answer:
+def answer(judged)->Answer:
     "Are all rows of CMIM undistillable, and all rows of the other defences distillable?"
-    judged = verdicts(frame, margin, protocol)
     judged = judged[(judged['attacks'] == 'as printed') & ~judged['defense'].map(is_null)]
     method = judged['defense'].map(lambda defense: read_spec(defense)[0])
     cmim, others = judged[method == 'cmim'], judged[~method.isin(['cmim', 'ce'])]

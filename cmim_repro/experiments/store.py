@@ -84,14 +84,15 @@ def _definitions(module):
 
 # %% ../../nbs/experiments/04_store.ipynb #153bd250
 _DECIDING = tuple(f'cmim_repro.{part}' for part in ('core', 'theory', 'lab', 'defenses', 'attacks'))
-_LOOP = [*(('cmim_repro.lab.training', name) for name in ('train', 'Learner')),
+_LOOP = (*(('cmim_repro.lab.training', name) for name in ('train', 'Learner')),
          ('cmim_repro.experiments.runs', 'chain_answers'),
          *(('cmim_repro.experiments.execution', name)
-           for name in ('make_method', 'make_network', 'answers_of', 'released', 'query_data'))]
+           for name in ('make_method', 'make_network', 'answers_of', 'released', 'query_data')))
 
 
+@lru_cache(maxsize=None)
 def _reached(roots):
-    "(module, name) to bare code of everything that the roots reach by name."
+    "(module, name) to bare code of everything that the roots, a tuple of such pairs, reach by name."
     found, todo, modules = {}, list(roots), {module for module, _ in roots}
     while todo:
         module, name = todo.pop()
@@ -117,7 +118,7 @@ def code_digest(
 )->str:
     "16 hexadecimal digits that change with the code that decides the run's numbers, or its teacher's."
     things = [registry_of(run.method).entry(run.method), model.entry(run.model), dataset.entry(run.data)]
-    code = _reached([root for thing in things for root in _root(thing)] + _LOOP)
+    code = _reached((*(root for thing in things for root in _root(thing)), *_LOOP))
     lines = [f'{module}.{name}: {text}' for (module, name), text in sorted(code.items())]
     lines.append(code_digest(run.teacher) if run.teacher else '')
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
