@@ -17,7 +17,7 @@ ASKED := $(if $(filter tables,$(MAKECMDGOALS)),$(TABLES)) $(if $(filter figures,
   $(if $(filter beyond,$(MAKECMDGOALS)),$(BEYOND))
 
 .DEFAULT_GOAL := help
-.PHONY: help install table1 tables figures beyond gallery page FORCE test notebooks pytest slow lint export outputs cost pilot lab
+.PHONY: help install table1 tables figures beyond gallery book page FORCE test notebooks pytest slow lint export outputs cost pilot lab
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -47,6 +47,10 @@ figures: $(call copies,$(FIGURES)) page ## all five figures and the page, in the
 beyond: $(call copies,$(BEYOND)) page ## what goes beyond the paper, in the same way
 
 gallery: page ## write figures/index.html again, from what is there
+
+book: install ## all notebooks, the reference and the results as one site: figures/book/index.html
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[book]'
+	@$(BIN)/python -m cmim_repro.report.book $(ARGS)
 
 # One rule runs a notebook. It always runs: what is trained is in the store, so it only draws again.
 # A notebook that fails says so and stops no other; the rule of the page names it once more and fails.
@@ -91,4 +95,4 @@ pilot: install ## minutes on a GPU: its tests, its speed, a piece of Table 1; DA
 	  --out figures/executed/pilot $(ARGS)
 
 lab: install ## open the notebooks in JupyterLab
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter lab --notebook-dir . $(ARGS) nbs/index.ipynb

@@ -166,6 +166,6 @@ def test_bad_options_are_refused_in_a_sentence(options, message):
 
 def test_the_code_of_single_digits_is_part_of_a_runs_digest():
     run = make_run('digit_pairs', 'cnn_tiny', 'ce')
-    reached = _reached(_root(dataset.entry('digit_pairs')))
+    reached = _reached(tuple(_root(dataset.entry('digit_pairs'))))
     names = {name for _, name in reached}
     assert {'digit_pairs', '_pairs', '_by_digit', 'digits', '_divided', '_bundled'} <= names and len(code_digest(run)) == 16
