@@ -159,7 +159,7 @@ def small(request, monkeypatch):
 def test_a_profile_asks_a_small_data_set_for_no_more_than_it_has(small, name):
     chosen = dict(task_for(name, small).data_options)
     wanted = {'smoke': {'per_class': 12, 'test_per_class': 4, 'held_out': .1}, 'quick': {'per_class': 12, 'held_out': .25},
-              'mini': {'held_out': .1}, 'paper': {}}[name]
+              'mini': {'held_out': .2}, 'paper': {}}[name]
     assert chosen == wanted
     data = dataset(small, **chosen)
     assert (data.size('train'), data.size('test')) == (size_of(small, chosen).train, size_of(small, chosen).test)
