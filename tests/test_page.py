@@ -115,9 +115,9 @@ def test_the_gallery_shows_one_shelf_when_asked(browser, figures):
     visit = Visit(browser, figures/'index.html')
     shown = visit.page.locator('.shelf:visible')
     everything = shown.count()
-    visit.page.get_by_label('mini, committed').check(force=True)
+    visit.page.get_by_label('short, committed').check(force=True)
     committed = {shown.nth(i).get_attribute('data-shelf') for i in range(shown.count())}
-    assert 0 < shown.count() < everything and committed == {'mini-committed'}
+    assert 0 < shown.count() < everything and committed == {'short-committed'}
     assert visit.page.locator('#table5 .answer').is_hidden()
     visit.close()
 
