@@ -1,5 +1,4 @@
 """Our reconstructions of methods that nobody published are marked wherever their numbers stand."""
-import json
 import re
 from importlib import import_module
 from pathlib import Path
