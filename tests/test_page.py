@@ -128,6 +128,30 @@ def test_the_gallery_fits_a_telephone(browser, figures):
     visit.close()
 
 
+HIDDEN = "[...document.querySelectorAll('.scroll')].filter(x => x.scrollWidth > x.clientWidth).length"
+TABLE1 = '[data-shelf=quick-committed] .scroll'
+
+
+def test_the_committed_table_1_is_seen_whole_on_a_screen_and_on_paper(browser, figures):
+    visit = Visit(browser, figures/'index.html', viewport={'width': 1400, 'height': 900})
+    assert visit.page.evaluate(HIDDEN) == 0
+    visit.page.emulate_media(media='print')
+    visit.page.set_viewport_size({'width': 1030, 'height': 720}) # A4 across, without its margins
+    edges = "[...document.querySelectorAll('table')].map(x => x.getBoundingClientRect().right)"
+    assert max(visit.page.evaluate(edges)) <= 1030
+    visit.close()
+
+
+def test_the_first_column_stays_when_a_wide_table_is_scrolled(browser, figures):
+    visit = Visit(browser, figures/'index.html', viewport={'width': 390, 'height': 800})
+    table = visit.page.locator(TABLE1).first
+    first = table.locator('tbody tr:not(.section) > :first-child').first
+    before = first.bounding_box()['x']
+    assert table.evaluate('x => { x.scrollLeft = 300; return x.scrollLeft }') == 300
+    assert abs(first.bounding_box()['x'] - before) < 1
+    visit.close()
+
+
 def eventually(state, wanted, what, seconds=60.):
     "Wait until `wanted(state())` holds, and say what was seen last when it does not."
     end = time.monotonic() + seconds
