@@ -86,9 +86,10 @@ export: install ## write the package from the notebooks and clean them
 outputs: install ## execute notebooks from top to bottom and keep what they show; NOTEBOOKS="nbs/..." names some
 	$(BIN)/python .ci/outputs.py make $(NOTEBOOKS)
 
-cost: install ## time of a training step, CMIM beside cross-entropy, and students in teams
+cost: install ## time of a training step, CMIM beside cross-entropy, students in teams; an earlier revision beside this one
 	$(BIN)/python -m cmim_repro.experiments.cost --networks cnn_small resnet18
 	$(BIN)/python -m cmim_repro.experiments.cost --teams
+	$(BIN)/python -m cmim_repro.experiments.then_and_now $(ARGS)
 
 pilot: install ## minutes on a GPU: its tests, its speed, a piece of Table 1; DATA=DIR names the folder of CIFAR-100
 	$(BIN)/python -m cmim_repro.experiments.pilot --data-root $(or $(DATA),data/downloads) --store data/runs/pilot \
