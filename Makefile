@@ -9,7 +9,7 @@ export PYTHONWARNINGS ?= ignore::DeprecationWarning
 PAGE = $(BIN)/python -m cmim_repro.report.page
 COPIES = figures/executed/$(PROFILE)
 copies = $(1:%=$(COPIES)/run_%.ipynb)
-EXHIBITS := $(patsubst nbs/run_%.ipynb,%,$(wildcard nbs/run_*.ipynb))
+EXHIBITS := $(filter-out audit,$(patsubst nbs/run_%.ipynb,%,$(wildcard nbs/run_*.ipynb)))
 TABLES := $(filter table%,$(EXHIBITS))
 FIGURES := $(filter figure%,$(EXHIBITS))
 BEYOND := $(filter-out $(TABLES) $(FIGURES),$(EXHIBITS))

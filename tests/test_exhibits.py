@@ -19,12 +19,13 @@ from cmim_repro.lab.models.core import model
 from cmim_repro.report.exhibit import HOW, NARROWING, Exhibit, declared, read_parameters, repeat_command
 from cmim_repro.report.formats import to_text
 from cmim_repro.report.models import model_curves, model_outputs
+from cmim_repro.report.page import exhibits
 from cmim_repro.report.paper_audit import smoothed_entropy
 from cmim_repro.report.results import chosen, provenance_note, results_frame, student_entries, verdicts
 from cmim_repro.theory.cmi import class_cmi
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = sorted((ROOT/'nbs').glob('run_*.ipynb'))
+RUNS = sorted(exhibits(ROOT/'nbs').values())
 every_run = pytest.mark.parametrize('path', RUNS, ids=lambda path: path.stem)
 
 

@@ -96,8 +96,8 @@ def test_held_out_images_are_among_those_asked_for(data):
 
 def test_more_pictures_than_a_folder_has(tmp_path):
     images(tmp_path, 3)
-    assert dataset('folder', path=str(tmp_path), limit=3).size('train') == 3
-    for limit in (4, 10**6): assert said(lambda limit=limit: dataset('folder', path=str(tmp_path), limit=limit)) == (
+    assert dataset('folder', path=str(tmp_path), image_shape=(3, 8, 8), limit=3).size('train') == 3
+    for limit in (4, 10**6): assert said(lambda limit=limit: dataset('folder', path=str(tmp_path), image_shape=(3, 8, 8), limit=limit)) == (
         f'limit is {limit}, but {tmp_path} has only 3 images.')
 
 

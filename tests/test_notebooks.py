@@ -14,7 +14,7 @@ WIDTH, LINES, CELLS, KILOBYTES = 120, 40, 60, 200
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(ROOT).parts))
 RUNS = [p for p in NOTEBOOKS if p.name.startswith('run_')]
 PAPER = [p for p in RUNS if re.fullmatch(r'run_(table|figure)\d+', p.stem)]
-PARTS = ('core', 'theory', 'lab', 'defenses', 'attacks', 'experiments', 'report', 'exhibits') # each may import those before it
+PARTS = ('core', 'theory', 'lab', 'defenses', 'attacks', 'experiments', 'report', 'audits', 'exhibits') # each may import those before it
 BESIDE = {'defenses', 'attacks'} # neither knows the other
 
 

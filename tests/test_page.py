@@ -18,6 +18,8 @@ import psutil
 import pytest
 import torch
 
+from cmim_repro import audit
+from cmim_repro.audits.report import write_report
 from cmim_repro.report.figures import Picture, cmi_curves, save_picture, simplex_figure, simplex_html, simplex_points
 from cmim_repro.report.formats import Table, runs_cell, save_table
 from cmim_repro.report.page import exhibits, main
@@ -125,6 +127,15 @@ def test_the_gallery_shows_one_shelf_when_asked(browser, figures):
 def test_the_gallery_fits_a_telephone(browser, figures):
     visit = Visit(browser, figures/'index.html', viewport={'width': 380, 'height': 800})
     assert visit.page.evaluate('document.documentElement.scrollWidth') <= 380
+    visit.close()
+
+
+@pytest.mark.parametrize('width', [1400, 390])
+def test_the_report_of_an_audit_needs_nothing_else_and_fits(width, browser, tmp_path):
+    page, _ = write_report(audit(*outputs(1.), splits=['train', 'test', 'test']*30, draws=20), tmp_path)
+    visit = Visit(browser, page, viewport={'width': width, 'height': 900})
+    visit.page.frame_locator('iframe').locator('.slider-container').wait_for()
+    assert visit.page.evaluate('document.documentElement.scrollWidth') <= width and visit.page.locator('table').count() == 3
     visit.close()
 
 

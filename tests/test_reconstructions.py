@@ -8,10 +8,11 @@ import torch
 
 from cmim_repro.experiments.store import Store
 from cmim_repro.report.exhibit import Exhibit, declared, notebook_of
+from cmim_repro.report.page import exhibits
 from cmim_repro.report.paper import MARKED
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = sorted(path.stem.removeprefix('run_') for path in (ROOT/'nbs').glob('run_*.ipynb'))
+NAMES = sorted(exhibits(ROOT/'nbs'))
 PLAIN = re.compile(r'\b(SNT|SCM)\b(?!†|\\u2020|\$\^?\\dagger)') # as it is, in JSON, in LaTeX
 
 

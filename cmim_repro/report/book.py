@@ -34,7 +34,7 @@ PARTS = {
     'attacks': 'How a thief learns from the answers.',
     'experiments': 'What is run, where it runs, what it costs, and where results are kept.',
     'report': 'Printed values, statistics, tables, pictures, and the audit of the paper.',
-    'audit': 'The same measurements for your own classifier.',
+    'audits': 'The same measurements for your own classifier.',
     'run': 'The experiments themselves: one notebook for each table and figure.',
 }
 

@@ -401,7 +401,7 @@ def confused_classes(
     if asked: return [known[check_choice('class', n, known)] for n in asked]
     if count < 3: raise Invalid(f'A simplex needs three classes; these outputs have {count}.')
     mass = torch.zeros(count, count, dtype=torch.float64).index_add_(0, labels, log_probs.double().exp())
-    mixed = mass.fill_diagonal_(0) + mass.T
+    mixed = (mass + mass.T).fill_diagonal_(-1) # also where no two are confused, the three are different ones
     a, b = divmod(int(mixed.argmax()), count)
     both = mixed[a] + mixed[b]
     both[[a, b]] = -1

@@ -49,8 +49,9 @@ def _rank(name):
 def exhibits(
     notebooks, # Folder of the notebooks
 )->dict:
-    "Name to path of every exhibit's notebook, in the order of the page."
+    "Name to path of every exhibit's notebook, in the order of the page; the reader's own audit is none of them."
     found = {path.stem.removeprefix('run_'): path for path in Path(notebooks).glob('run_*.ipynb')}
+    found.pop('audit', None)
     return {name: found[name] for name in sorted(found, key=_rank)}
 
 

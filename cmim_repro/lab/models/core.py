@@ -12,7 +12,6 @@ import inspect
 import math
 from collections import OrderedDict
 
-import pandas as pd
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -145,8 +144,9 @@ def _count(
 def describe(
     net: nn.Module, # A network, or a part of one
     image_shape=(3, 32, 32), # Shape of its input, (channels, H, W)
-)->pd.DataFrame:
+): # A pandas frame; pandas is imported here because those who only want a network do without
     "Parameters, multiply-adds for one image, and output shape of each block of `net`, and their totals."
+    import pandas as pd
     modes = {module: module.training for module in net.modules()}
     try: work, shapes, total = _count(net.eval(), image_shape)
     finally:
@@ -167,8 +167,9 @@ def sketch(
 def beside_original(
     name, # Name of a network
     original: nn.Module, # Its form for ImageNet
-)->pd.DataFrame:
+): # A pandas frame
     "Parameters and multiply-adds of a network here, at 32 pixels, and of the original at 32 and at 224."
+    import pandas as pd
     found = {'here, 32 pixels': describe(sketch(name)), "torchvision's, 32 pixels": describe(original),
              "torchvision's, 224 pixels": describe(original, (3, 224, 224))}
     return pd.DataFrame({what: table.loc['total'] for what, table in found.items()}).T[['parameters', 'multiply-adds']]
