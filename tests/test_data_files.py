@@ -252,7 +252,7 @@ def test_a_class_folder_may_be_a_link(tree, tmp_path):
 def test_a_link_that_leads_nowhere_is_named(tree, name, target):
     (tree.home/name).parent.mkdir(exist_ok=True)
     (tree.home/name).symlink_to(target)
-    refused(tree, f'{tree.home/name} is a link that leads nowhere; mend it or remove it.')
+    refused(tree, f'{tree.home/name} is a link that leads nowhere; mend it.')
     (tree.home/name).rename((tree.home/name).with_name('.lost')) # hidden names do not count
     assert tree.greys() == [1]
 

@@ -30,8 +30,7 @@ def write(store, run, accuracy, scale=1.):
 
 
 def change(store, run, **values):
-    path = store.folder(run)/'result.json'
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    store.finish(run, {**store.result(run), **values})
 
 
 @pytest.fixture

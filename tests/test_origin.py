@@ -127,8 +127,7 @@ def test_what_other_code_has_made_is_marked_and_made_again_on_request(tmp_path):
     store = Store(tmp_path/'store')
     Exhibit('figure3', asked).run(figure3.entries)
     assert store.result(entries[0].run) and 'other code' not in provenance_note(entries, store, 'x')
-    path = store.folder(entries[0].run)/'result.json'
-    path.write_text(json.dumps({**json.loads(path.read_text()), 'code': 'older', 'accuracy': .123}))
+    store.finish(entries[0].run, {**store.result(entries[0].run), 'code': 'older', 'accuracy': .123})
     assert "Made by other code than today's: 1 of these runs; `-p renew True` repeats them." in provenance_note(entries, store, 'x')
     Exhibit('figure3', asked).run(figure3.entries)
     assert store.result(entries[0].run)['accuracy'] == .123 # marked, but not touched unless it is asked for

@@ -383,7 +383,7 @@ def read_times(
     for path in sorted((store.root/'timings').glob(f'{_timing_stem(runs)}-*.json')):
         try: found.append(json.loads(path.read_text()))
         except (OSError, ValueError) as error:
-            raise Unusable(f'{path} is damaged ({error}); delete it and measure again.') from error
+            raise Unusable(f'{path} is damaged ({error}); move it elsewhere and measure again.') from error
     return found
 
 

@@ -192,7 +192,7 @@ def query_data(
 def _origin(run, data, device, settings):
     "What a run is computed with and on."
     sizes = {split: data.size(split) for split in SPLITS}
-    facts = {'processes': processes(), 'settings': asdict(settings), 'code': code_digest(run)}
+    facts = {'run': run.id, 'processes': processes(), 'settings': asdict(settings), 'code': code_digest(run)}
     return {**provenance(device), **facts,
             'data': {'checksum': data.checksum, 'verified': data.verified, 'images': sizes}}
 
@@ -209,6 +209,7 @@ def _check_same_data(run, store, data):
 
 def _learner(run, data, store, origin):
     folder = agreed(lambda: store.start(run))
+    agreed(lambda: store.check_checkpoint(run))
     method = make_method(run, data)
     if run.kind == 'release': network, loss, inputs = method.generator, method.loss, 'answers'
     else: network, loss, inputs = make_network(run, data), method, 'images'

@@ -38,7 +38,7 @@ def read_notebook(
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: return None
     except ValueError as error:
-        raise Unusable(f'{path} is damaged (not JSON); delete it and run its notebook again.') from error
+        raise Unusable(f'{path} is damaged (not JSON); move it elsewhere and run its notebook again.') from error
 
 
 def _rank(name):

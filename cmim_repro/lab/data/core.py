@@ -546,7 +546,7 @@ def open_image(
     except FileNotFoundError as error: raise Unusable(f'{path} is missing.') from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = 'of no known kind' if isinstance(error, UnidentifiedImageError) else error
-        raise Unusable(f'{path} is not a readable image ({reason}); replace it or remove it.') from error
+        raise Unusable(f'{path} is not a readable image ({reason}); replace it.') from error
 
 # %% ../../../nbs/lab/data/00_core.ipynb #409615e0
 _ENDINGS = ('.jpeg', '.jpg', '.png', '.bmp', '.webp')
@@ -558,7 +558,7 @@ def _entries(path, inside):
     except OSError as error: raise Unusable(f'{path} cannot be read ({error.strerror}).') from error
     for entry in found:
         if entry.is_symlink() and not os.path.exists(entry.path):
-            raise Unusable(f'{entry.path} is a link that leads nowhere; mend it or remove it.')
+            raise Unusable(f'{entry.path} is a link that leads nowhere; mend it.')
         if entry.is_symlink() and entry.is_dir():
             target = os.path.realpath(entry.path)
             if any(Path(folder).is_relative_to(target) for folder in inside): continue

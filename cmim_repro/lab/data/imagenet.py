@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ...core import Unusable, check_number, download_folder, keyed_seed, usable_cores
+from ...core import Unusable, check_number, download_folder, keyed_seed, unreadable, usable_cores
 from .core import (DataSet, Facts, Size, batch_places, chosen_classes, chosen_samples, dataset,
                                       folders_in, images_in, listing_sum, open_image, rank_share, relabelled)
 
@@ -174,7 +174,8 @@ def _meta_names(path):
     "WordNet id to name, out of the file that torchvision keeps."
     try: return {wnid: words[0] for wnid, words in torch.load(path, weights_only=True)[0].items()}
     except Exception as error:
-        raise Unusable(f'{path} is damaged ({type(error).__name__}); remove it, torchvision makes it again.') from error
+        raise unreadable(path, error, Unusable(f'{path} is damaged ({type(error).__name__}); replace it, or move it '
+                                               'elsewhere: torchvision makes it again.')) from error
 
 
 def _listed_names(path):
