@@ -1,5 +1,4 @@
 """Figures and Table 10 are functions of entries and store: change a number and they change, delete a run: it is out."""
-import json
 
 import numpy as np
 import pandas as pd

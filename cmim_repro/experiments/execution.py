@@ -505,9 +505,9 @@ def read_plan(
     path, # A JSON file: a list of runs, or one run
 )->Plan:
     "The plan in a file; `Unusable` or `Invalid` if it is not one."
-    try: found = json.loads(Path(path).read_text())
+    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
     except OSError as error: raise Unusable(f'{path} cannot be read ({error.strerror}).') from error
-    except ValueError as error: raise Unusable(f'{path} is not JSON ({error}).') from error
+    except (ValueError, RecursionError) as error: raise Unusable(f'{path} is not JSON ({error}).') from error
     found = found if isinstance(found, list) else [found]
     if not all(isinstance(d, dict) for d in found): raise Invalid(f'{path} must hold a list of runs, each an object.')
     for description in found: description.pop('id', None)
