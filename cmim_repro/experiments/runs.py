@@ -160,8 +160,9 @@ def _check_plain(name, value, depth=3):
     if isinstance(value, (Mapping, list, tuple)) and depth:
         for part in value.values() if isinstance(value, Mapping) else value: _check_plain(name, part, depth - 1)
     elif isinstance(value, (Mapping, list, tuple)): raise Invalid(f'{name} holds lists in lists in lists.')
-    elif isinstance(value, (int, float)) and not -2**63 < value < 2**63:
-        raise Invalid(f'{name} holds {str(value)[:20]}; numbers must be below 2**63.')
+    elif isinstance(value, int) and not -2**63 < value < 2**63:
+        raise Invalid(f'{name} holds {str(value)[:20]}...; whole numbers must be below 2**63.')
+    elif isinstance(value, float) and not math.isfinite(value): raise Invalid(f'{name} holds {value}, no number.')
 
 
 def _check_description(description):
