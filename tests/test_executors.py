@@ -210,7 +210,7 @@ def test_torchruns_command_passes_every_setting(tmp_path):
     command = torchrun_command(3, 'plan.json', Store(tmp_path), settings, tmp_path, True)
     assert command[:8] == ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '3',
                            '-m', 'cmim_repro.experiments.execution', 'plan.json']
-    pairs = dict(zip(command[8:-1:2], command[9::2], strict=False))
+    pairs = dict(word.split('=', 1) for word in command[8:-1])
     assert 'tf32=False, threads=3' in pairs['--settings'] and pairs['--data-root'] == str(tmp_path)
     assert command[-1] == '--allow-unverified'
     assert read_executor('torchrun:3') == ('torchrun', 3)

@@ -678,6 +678,8 @@ def _arguments(arguments):
 def _asked(args):
     "(networks, sizes as options of `throughput`): those named, else those of the data set."
     known = size_of(check_choice('data set', args.data_set, data_sets()), {})
+    for name in ('num_classes', 'image_size', 'batch_size', 'num_samples'):
+        if (value := getattr(args, name)) is not None: check_number(name, value, 1, integer=True)
     size = known.of({'image_size': args.image_size})
     return args.networks or [networks_for(size.image_shape)[1]], {
         'num_classes': args.num_classes or size.classes, 'image_shape': size.image_shape,

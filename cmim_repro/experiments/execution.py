@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from ..attacks.knockoff import choose_queries, transfer_source
-from ..core import Invalid, Unusable, check_choice, keyed_generator
+from ..core import Invalid, Unusable, check_choice, check_number, keyed_generator
 from ..defenses.core import release
 from .profiles import parse_overrides
 from .runs import Plan, canonical, chain_answers, registry_of, run_from_dict
@@ -410,6 +410,7 @@ def execute(
     pause=1., # Seconds between two looks at what others hold
 ):
     "Compute every run of the plan that the store lacks; returns sentences about runs that could not be finished."
+    check_number('limit', limit, 1, integer=True)
     teachers = {run.teacher.id for run in plan.runs if run.teacher}
     facts = {'root': None if root is None else str(root), 'allow_unverified': allow_unverified,
              'device': str(settings.resolve())}

@@ -87,7 +87,7 @@ def worker_command(
     changes = ', '.join(f'{name}={value}' for name, value in asdict(settings).items() if name != 'device')
     options = {'--store': store.root, '--limit': limit, '--device': settings.device, '--settings': changes,
                **({'--data-root': root} if root else {})}
-    words = [str(word) for pair in options.items() for word in pair]
+    words = [f'{name}={value}' for name, value in options.items()] # a folder's name may begin with a dash
     return ['-m', 'cmim_repro.experiments.execution', str(file), *words,
             *(['--allow-unverified'] if allow_unverified else [])]
 
@@ -158,7 +158,7 @@ def _look(plan, store, progress, workers=None):
 @contextlib.contextmanager
 def _plan_file(plan, store):
     "The plan as a file beside the store, while it is needed."
-    file = store.root/'plans'/f'{os.getpid()}-{time.monotonic_ns()}.json'
+    file = store.root.absolute()/'plans'/f'{os.getpid()}-{time.monotonic_ns()}.json'
     atomic_write(file, json.dumps([run.to_dict() for run in plan.runs]))
     try: yield file
     finally: file.unlink()

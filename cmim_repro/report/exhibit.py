@@ -76,7 +76,12 @@ def _number(name, text, whole):
 
 def _text(value):
     if isinstance(value, Mapping): return ', '.join(f'{k}={_text(v).replace(", ", " ")}' for k, v in value.items())
-    return ', '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value).strip()
+    return ', '.join(map(_quoted, value)) if isinstance(value, (list, tuple)) else str(value).strip()
+
+
+def _quoted(item):
+    "An item of a list as text, in quotes where it would be taken apart again."
+    return f'"{item}"' if isinstance(item, str) and re.search(r'[,\s]', item) else str(item)
 
 
 def read_value(
@@ -86,7 +91,8 @@ def read_value(
 ):
     "The value of a parameter in the kind of its default; `Invalid` if it cannot be read so."
     text = '' if value is None else _text(value)
-    if text in ('', 'None'): return default
+    if text in ('', 'None', 'null') or text == '~' and name not in FOLDERS: return default
+    if '\0' in text: raise Invalid(f'{name} is {text!r}; it must be a text without zeros.')
     if isinstance(default, bool):
         if text.lower() in _SWITCH: return _SWITCH[text.lower()]
         raise Invalid(f'{name} is {value!r}; it must be True or False.')
