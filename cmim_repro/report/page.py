@@ -235,6 +235,20 @@ def to_page(
 def _href(path, home): return quote(os.path.relpath(path, home).replace(os.sep, '/'))
 
 
+_TAG = re.compile(r'</?(?:table|caption|thead|tbody|tr|th|td|span)'
+                  r'(?: (?:class|scope|colspan|role|aria-label)="[^"<>]*")*>')
+
+
+def _tame(text):
+    "HTML of a table in which everything but a table's own tags is shown, not obeyed."
+    tags, between = _TAG.findall(text), _TAG.split(text)
+    shown = [part.replace('<', '&lt;').replace('>', '&gt;') for part in between]
+    return ''.join(part + tag for part, tag in zip(shown, [*tags, ''], strict=True))
+
+
+def _title(text): return re.sub('<[^>]*>', '', text).replace('<', '&lt;').replace('"', '&quot;')
+
+
 def table_parts(
     files: dict, # Suffix to path
 )->dict:
@@ -244,13 +258,13 @@ def table_parts(
         found = re.search(r'<table><caption>(.*?)</caption>(.*?</table>)', text, re.S)
         note = re.search(r'<p class="note">(.*?)</p>', text, re.S)
         if not found: return {}
-        return {'title': found[1], 'table': f'<table>{found[2]}',
+        return {'title': _title(found[1]), 'table': f'<table>{_tame(found[2])}',
                 'note': to_page(html.unescape(note[1])) if note else ''}
     if 'md' not in files: return {}
     page = to_page(files['md'].read_text()).split('</table>')
     if '<table>' not in page[0]: return {}
     title, table = page[0].split('<table>')
-    return {'title': re.sub('<[^>]+>', '', title), 'table': f'<table class="plain">{table}</table>',
+    return {'title': _title(title), 'table': f'<table class="plain">{table}</table>',
             'note': page[-1].strip()}
 
 
