@@ -8,6 +8,7 @@ import pickle
 import signal
 import tarfile
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -486,6 +487,44 @@ def test_a_damaged_tinyimagenet_is_one_sentence_that_names_the_file(tiny, damage
     damage(tiny)
     with pytest.raises(Unusable) as refusal: dataset('tinyimagenet', root=tiny)
     assert words in str(refusal.value) and '\n' not in str(refusal.value)
+
+
+def packed(tiny, monkeypatch):
+    "The folder as an archive in the downloads folder, its sum taken for the published one."
+    archive = tiny.parent / 'downloads' / 'tiny-imagenet-200.zip'
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, 'w') as found:
+        for path in sorted(tiny.rglob('*')): found.write(path, path.relative_to(tiny.parent))
+    monkeypatch.setattr('cmim_repro.lab.data.tinyimagenet._MD5', hashlib.md5(archive.read_bytes()).hexdigest())
+    return archive
+
+
+def test_unpacking_that_was_killed_begins_again_and_verified_counts_the_images(tiny, monkeypatch):
+    archive = packed(tiny, monkeypatch)
+    folder, write = archive.parent / 'tiny-imagenet-200', zipfile.ZipFile._extract_member
+    class Killed(BaseException): pass
+
+    def killed(self, member, *words):
+        if getattr(member, 'filename', member).endswith('n02_3.JPEG'): raise Killed
+        return write(self, member, *words)
+    with monkeypatch.context() as changed, pytest.raises(Killed):
+        changed.setattr(zipfile.ZipFile, '_extract_member', killed)
+        dataset('tinyimagenet')
+    assert not folder.exists()
+    whole = dataset('tinyimagenet')
+    assert whole.size('train') == 8 and whole.verified and archive.exists() and not list(archive.parent.glob('*.part'))
+    (folder / 'train' / 'n02' / 'images' / 'n02_3.JPEG').unlink() # as an earlier version may have left it
+    part = dataset('tinyimagenet')
+    assert part.size('train') == 7 and not part.verified
+
+
+def test_a_broken_archive_is_one_sentence(tiny, monkeypatch):
+    archive = packed(tiny, monkeypatch)
+    (archive.parent / 'tiny-imagenet-200').mkdir()
+    for path in tiny.iterdir(): path.rename(archive.parent / 'tiny-imagenet-200' / path.name)
+    archive.write_bytes(b'PK\x03\x04 cut off')
+    monkeypatch.setattr('cmim_repro.lab.data.tinyimagenet._MD5', hashlib.md5(archive.read_bytes()).hexdigest())
+    with pytest.raises(Unusable, match='tiny-imagenet-200.zip cannot be read'): dataset('tinyimagenet')
 
 
 def test_augmented_draws_for_the_whole_batch():
