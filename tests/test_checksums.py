@@ -163,3 +163,19 @@ def test_only_a_wrong_content_is_damage(store, monkeypatch, error, words):
         with pytest.raises(Invalid) as said: look()
         assert words in str(said.value) and 'damaged' not in str(said.value)
     assert (store.folder(STUDENT)/'checkpoint.pt').exists()
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda w: {**w, 'head.2.weight': w['head.2.weight']*float('nan')}, 'numbers that are not finite, in head.2.weight'),
+    (lambda w: {name: value for name, value in w.items() if 'head' not in name}, 'does not hold the weights of the network'),
+    (lambda w: {name: value[:1] for name, value in w.items() if value.ndim}, 'does not hold the weights of the network')])
+def test_a_teacher_whose_weights_are_no_good_is_named_and_nothing_is_noted_of_the_student(store, spoil, words):
+    weights = store.tensors(TEACHER, 'weights.safetensors')
+    name = next(name for name in weights if 'head' in name and name.endswith('weight'))
+    weights['head.2.weight'] = weights.pop(name)
+    spoiled = spoil(weights)
+    spoiled = {name if key == 'head.2.weight' else key: value for key, value in spoiled.items()}
+    store.save_tensors(TEACHER, 'weights.safetensors', spoiled)
+    store.finish(TEACHER, store.result(TEACHER))
+    with pytest.raises(Unusable, match=words.replace('head.2.weight', name)) as said: execute(Plan.of([STUDENT]), store, SETTINGS)
+    assert TEACHER.name in str(said.value) and '\n' not in str(said.value) and not store.finished(STUDENT)

@@ -27,7 +27,7 @@ from ..attacks.knockoff import choose_queries, transfer_source
 from ..core import Invalid, Unusable, check_choice, check_number, keyed_generator
 from ..defenses.core import release
 from .profiles import parse_overrides
-from .runs import Plan, canonical, chain_answers, registry_of, run_from_dict
+from .runs import Plan, canonical, chain_answers, heard_by, registry_of, run_from_dict
 from .store import Store, code_digest, provenance
 from ..lab.data.core import SPLITS, batch_places, dataset, rank_share, step_count
 from ..lab.models.core import model
@@ -207,6 +207,22 @@ def _check_same_data(run, store, data):
                        f'{data.checksum.get(name)}; use the same copy for both, or another store.')
 
 
+def _check_weights(run, store, data):
+    "Refuse the weights of a teacher that are not finite, or not those of its network; nothing is noted of its student."
+    if run.kind == 'release': _check_weights(run.teacher, store, data)
+    if not run.trains and run.kind == 'release' and not release.note(run.method, 'fitted'): return
+    known = {'pretrained': False} if run.model_options.get('pretrained') else {}
+    owner = make_method(run, data) if run.kind == 'release' else make_network(run, data, **known)
+    wanted = {name: tuple(value.shape) for name, value in owner.state_dict().items()}
+    found = store.tensors(run, 'weights.safetensors')
+    path = store.folder(run)/'weights.safetensors'
+    again = f'move {store.folder(run)} elsewhere and it is made again'
+    if wanted != {name: tuple(value.shape) for name, value in found.items()}:
+        raise Unusable(f'{path} does not hold the weights of the network of {run.name}; {again}.')
+    if odd := next((name for name, value in found.items() if not torch.isfinite(value).all()), None):
+        raise Unusable(f'{path} holds numbers that are not finite, in {odd}; {again}.')
+
+
 def _learner(run, data, store, origin):
     folder = agreed(lambda: store.start(run))
     agreed(lambda: store.check_checkpoint(run))
@@ -300,6 +316,7 @@ def run_cohort(
     "Train (or release) the runs of one cohort and store their results."
     device, ended = settings.resolve(), []
     for run in runs: _check_same_data(run, store, data)
+    for teacher in {one.id: one for run in runs for one in heard_by(run)}.values(): _check_weights(teacher, store, data)
     splits = {run.id: _kept_splits(run, data, teachers) for run in runs}
     for run in runs:
         if not run.trains: _measure(run, store, data, device, splits[run.id], settings)

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+import torch
 from IPython.display import HTML, Markdown, display
 
 from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, project_root
@@ -32,7 +33,7 @@ from ..experiments.runs import Plan
 from ..experiments.store import Store
 from .figures import Picture, save_picture
 from .formats import Table, html_table, save_table
-from .models import tuned
+from .models import confused_classes, tuned
 from .paper import mark_note, our_label, printed_table, reconstructed
 from .paper_audit import findings
 from .results import chosen, provenance_note, results_frame, rule_note
@@ -262,11 +263,22 @@ class Planned(Given):
         "Show the plan and compute what the store lacks."
         self.plan(entries)
         if self.plan_only: return
+        self._check_end()
         p = self.parameters
         count = process_count(p['workers'], p['executor'], self.profile)
         complaints = compute(self._plan, self.store, p['executor'], count, self.settings, root=p['data_root'] or None,
                              allow_unverified=p['allow_unverified'], progress=log_progress())
         for sentence in complaints: tell(sentence, f'<p>{sentence}</p>')
+
+    def _check_end(self):
+        "Find out before anything is computed whether the result can be written, and drawn as it was asked for."
+        probe = self.folder/'.writable'
+        atomic_write(probe, '')
+        probe.unlink(missing_ok=True)
+        if not (asked := self.parameters.get('simplex_classes') or self.parameters.get('classes')): return
+        for run in {e.data: e.run for e in self.entries}.values():
+            names = list(map(str, self.load(run).class_names))
+            confused_classes(torch.zeros(1, len(names)), torch.zeros(1), asked, names)
 
     def do(self,
         function, # What else has to be done before the result can be shown

@@ -579,6 +579,8 @@ def folders_in(
 )->list[str]:
     "Names of the folders in it, sorted, links to folders among them; `Unusable` when there are none."
     names = sorted(entry.name for entry in _entries(path, (os.path.realpath(path),)) if entry.is_dir())
+    for name in names: # they become names of classes, which tables show
+        if not name.isprintable(): raise Unusable(f'{path}/{name!a} has a name that cannot be shown; rename it.')
     if names: return names
     raise Unusable(f'{path} has no class folders; {need}.')
 
