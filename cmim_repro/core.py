@@ -324,8 +324,25 @@ def default_store()->Path:
     return Path(_test_store()) if os.environ.get('IN_TEST') else project_root()/'data'/'runs'
 
 # %% ../nbs/00_core.ipynb #441da1fe
-def usable_cores()->int:
-    "Cores that this process may use."
-    if hasattr(os, 'process_cpu_count'): return os.process_cpu_count() or 1 # Python 3.13
-    if hasattr(os, 'sched_getaffinity'): return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _granted(folder):
+    "Cores' worth of time that a control group of Linux may have, in its second version or its first; else infinite."
+    for files in (('cpu.max',), ('cpu.cfs_quota_us', 'cpu.cfs_period_us')):
+        try: quota, period = ' '.join((folder/name).read_text(encoding='utf-8').strip() for name in files).split()
+        except (OSError, ValueError): continue
+        if quota.isdecimal() and int(period) > 0: return int(quota)/int(period)
+    return math.inf
+
+
+def usable_cores(
+    root: str='/', # Where the system's own files are
+)->int:
+    "Cores that this process may use: by affinity, and by the limits of control groups (a container's, a job's)."
+    if hasattr(os, 'sched_getaffinity'): cores = len(os.sched_getaffinity(0))
+    else: cores = os.cpu_count() or 1
+    try: lines = Path(root, 'proc/self/cgroup').read_text(encoding='utf-8').splitlines()
+    except OSError: lines = []
+    groups = Path(root, 'sys/fs/cgroup')
+    for own in {Path(line.rpartition(':')[2].lstrip('/')) for line in lines}:
+        for part in (own, *own.parents):
+            cores = min(cores, _granted(groups/part), _granted(groups/'cpu'/part))
+    return max(1, math.floor(cores))

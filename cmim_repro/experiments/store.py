@@ -26,21 +26,28 @@ import filelock
 import safetensors.torch
 import torch
 
-from ..core import Invalid, Unusable, atomic_write, default_store, project_root, unreadable, usable_cores
+import cmim_repro
+from ..core import Invalid, Unusable, atomic_write, default_store, unreadable, usable_cores
 from .runs import Run, registry_of, run_from_dict
 from ..lab.data.core import dataset, sha256
 from ..lab.models.core import model
 
 # %% ../../nbs/experiments/04_store.ipynb #af99c778
 def revision()->str:
-    "$CMIM_REVISION, else git's, with +changes if files differ from it; 'unknown' outside a checkout."
+    "$CMIM_REVISION, else that of the project's own checkout, with +changes if files differ from it; else 'unknown'."
     if given := os.environ.get('CMIM_REVISION'): return given
+    root = Path(cmim_repro.__file__).resolve().parents[1]
+    if not (root/'.git').exists(): return 'unknown' # installed, or unpacked inside a checkout of something else
     def git(*arguments):
-        return subprocess.run(['git', *arguments], cwd=project_root(), capture_output=True, text=True, timeout=20)
+        return subprocess.run(['git', *arguments], cwd=root, capture_output=True, text=True, timeout=20)
     try:
         head, status = git('rev-parse', '--short=12', 'HEAD'), git('status', '--porcelain', '--', 'cmim_repro')
     except (OSError, subprocess.TimeoutExpired): return 'unknown'
-    if head.returncode: return 'unknown'
+    if head.returncode:
+        said = (head.stderr.strip().splitlines() or ['it gave no reason'])[0]
+        warnings.warn(f'git does not tell the revision ({said}); name it in CMIM_REVISION.', stacklevel=2)
+        return 'unknown'
+    if not git('ls-files', 'cmim_repro/core.py').stdout: return 'unknown' # unpacked at the top of another checkout
     return head.stdout.strip() + ('+changes' if status.stdout.strip() else '')
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import ImageOps
 
-from ...core import Invalid, Unusable, check_number, keyed_generator
+from ...core import Invalid, Unusable, check_number, keyed_generator, usable_cores
 from .core import (Crop, Facts, Flip, TensorDataSet, dataset, images_in, listing_sum, open_image,
                                       read_file, sha256)
 
@@ -47,7 +47,7 @@ def folder(
             raise Invalid(f'limit is {limit}, but {path} has only {len(names)} images.')
         order = torch.randperm(len(names), generator=keyed_generator(split_seed, 'folder'))[:limit]
         names = [names[i] for i in order.sort().values.tolist()]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(min(16, usable_cores())) as pool:
         images, sums = zip(*pool.map(lambda name: _fitted(Path(path) / name, image_shape), names), strict=True)
     grey = (.5,) * image_shape[0]
     total = listing_sum(f'{name} {found}' for name, found in zip(names, sums, strict=True))
