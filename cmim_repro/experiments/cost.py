@@ -381,7 +381,7 @@ def read_times(
     "All measurements of these runs, one for each device."
     found = []
     for path in sorted((store.root/'timings').glob(f'{_timing_stem(runs)}-*.json')):
-        try: found.append(json.loads(path.read_text()))
+        try: found.append(json.loads(path.read_text(encoding='utf-8')))
         except (OSError, ValueError) as error:
             raise Unusable(f'{path} is damaged ({error}); move it elsewhere and measure again.') from error
     return found
@@ -422,7 +422,7 @@ def _kind_of(run): return _kind({**vars(run), 'recipe': vars(run.recipe)})
 
 
 def _read(folder):
-    try: return json.loads((folder/'run.json').read_text()), json.loads((folder/'result.json').read_text())
+    try: return [json.loads((folder/name).read_text(encoding='utf-8')) for name in ('run.json', 'result.json')]
     except (OSError, ValueError): return None, None
 
 

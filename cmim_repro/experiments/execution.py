@@ -539,8 +539,9 @@ def _alive(process):
     try: os.kill(process, 0)
     except ProcessLookupError: return False
     except PermissionError: return True
-    try: return Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[0] != 'Z' # ended, not yet buried
+    try: facts = Path(f'/proc/{process}/stat').read_bytes()
     except OSError: return True
+    return facts.rpartition(b')')[2].split()[0] != b'Z' # ended, not yet buried
 
 
 def end_with_owner(

@@ -39,7 +39,8 @@ def revision()->str:
     root = Path(cmim_repro.__file__).resolve().parents[1]
     if not (root/'.git').exists(): return 'unknown' # installed, or unpacked inside a checkout of something else
     def git(*arguments):
-        return subprocess.run(['git', *arguments], cwd=root, capture_output=True, text=True, timeout=20)
+        return subprocess.run(['git', *arguments], cwd=root, capture_output=True, encoding='utf-8', errors='replace',
+                              timeout=20)
     try:
         head, status = git('rev-parse', '--short=12', 'HEAD'), git('status', '--porcelain', '--', 'cmim_repro')
     except (OSError, subprocess.TimeoutExpired): return 'unknown'

@@ -129,7 +129,7 @@ def run_children(
 ):
     "Start children and wait until all have ended; `Unusable` has the sentence of one that failed."
     with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(tempfile.TemporaryFile('w+', dir=folder)) for _ in range(count)]
+        logs = [stack.enter_context(tempfile.TemporaryFile('w+', dir=folder, encoding='utf-8', errors='replace')) for _ in range(count)]
         children = []
         stack.callback(_end, children)
         own = {**os.environ, OWNER: str(os.getpid())}

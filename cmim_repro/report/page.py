@@ -254,14 +254,14 @@ def table_parts(
 )->dict:
     "Title, `<table>` and note of a saved table, as HTML; empty where there is no table."
     if 'html' in files:
-        text = files['html'].read_text()
+        text = files['html'].read_text(encoding='utf-8')
         found = re.search(r'<table><caption>(.*?)</caption>(.*?</table>)', text, re.S)
         note = re.search(r'<p class="note">(.*?)</p>', text, re.S)
         if not found: return {}
         return {'title': _title(found[1]), 'table': f'<table>{_tame(found[2])}',
                 'note': to_page(html.unescape(note[1])) if note else ''}
     if 'md' not in files: return {}
-    page = to_page(files['md'].read_text()).split('</table>')
+    page = to_page(files['md'].read_text(encoding='utf-8')).split('</table>')
     if '<table>' not in page[0]: return {}
     title, table = page[0].split('<table>')
     return {'title': _title(title), 'table': f'<table class="plain">{table}</table>',
@@ -274,7 +274,7 @@ def _parts(found, home):
     for stem, files in found.items():
         path = files.get('svg') or files.get('png')
         if path:
-            note = to_page(files['provenance.txt'].read_text()) if 'provenance.txt' in files else ''
+            note = to_page(files['provenance.txt'].read_text(encoding='utf-8')) if 'provenance.txt' in files else ''
             live = _href(files['html'], home) if 'html' in files else ''
             parts.append({'stem': stem, 'picture': _href(path, home), 'note': note, 'live': live})
         elif table := table_parts(files): parts.append({'stem': stem, **table})
@@ -299,7 +299,7 @@ def executed_copy(
     path = Path(executed)/shelf.profile/f'run_{name}.ipynb'
     mark = path.with_suffix('.failed')
     if shelf.committed: return None, ''
-    return path if path.exists() else None, mark.read_text().strip() if mark.exists() else ''
+    return path if path.exists() else None, mark.read_text(encoding='utf-8').strip() if mark.exists() else ''
 
 
 def _answer(path):

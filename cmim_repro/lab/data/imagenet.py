@@ -180,7 +180,7 @@ def _meta_names(path):
 
 def _listed_names(path):
     "WordNet id to the first name, out of lines `wnid names`."
-    lines = [line.split(None, 1) for line in path.read_text(errors='replace').splitlines()]
+    lines = [line.split(None, 1) for line in path.read_text(errors='replace', encoding='utf-8').splitlines()]
     return {line[0]: line[1].split(',')[0].strip() for line in lines if len(line) == 2}
 
 
