@@ -8,6 +8,7 @@ import pickle
 import signal
 import tarfile
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -434,6 +435,23 @@ def test_a_file_that_may_not_be_read_is_named(tree, monkeypatch):
     monkeypatch.setattr('PIL.Image.open', refuse)
     with pytest.raises(Unusable, match='00.JPEG is not a readable image .*Permission denied'):
         next(dataset('imagenet', root=tree, workers=0).batches('train', 10))
+
+
+def test_readers_that_give_nothing_end_with_a_sentence(tree, monkeypatch):
+    monkeypatch.setattr('cmim_repro.lab.data.imagenet._LONGEST', 1)
+    monkeypatch.setattr('cmim_repro.lab.data.imagenet.open_image', lambda *_: time.sleep(3600))
+    with pytest.raises(Unusable, match='or gave none for .* minutes, .*/dev/shm'):
+        next(dataset('imagenet', root=tree, workers=2).batches('train', 10))
+
+
+def test_names_that_are_not_utf8(tree):
+    "A file's is part of a sum only; a folder's becomes a class, which tables show."
+    os.rename(os.fsencode(tree / 'train' / 'n01' / '03.JPEG'), os.fsencode(tree / 'train' / 'n01') + b'/caf\xe9.JPEG')
+    data = dataset('imagenet', root=tree, workers=0)
+    assert len(next(data.batches('train', 40))[0]) == 40 and data.checksum['train'].startswith('sha256:')
+    for part in ('train', 'val'): os.rename(tree / part / 'n02', os.fsencode(tree / part) + b'/caf\xe9')
+    with pytest.raises(Unusable, match='has a name that cannot be shown; rename it') as said: dataset('imagenet', root=tree)
+    str(said.value).encode()
 
 
 # ---- TinyImageNet's layout

@@ -300,6 +300,10 @@ def _wrong_checkpoint(path, run):
         return why
 
 # %% ../../nbs/experiments/04_store.ipynb #e40235a1
+_UNFINISHED = ('.run.json', '.metrics.jsonl', '.checkpoint.pt', '.weights.safe', '.log_probs.safe', '.result.json',
+               '.diverged.json') # begin the names of files that were being written
+
+
 class Store(StoredTensors):
     "Finished and unfinished runs in a folder; safe for several processes."
     def __init__(self,
@@ -317,7 +321,9 @@ class Store(StoredTensors):
         return filelock.FileLock(self.root/'locks'/f'{run.id}.lock')
 
     def start(self, run:Run)->Path:
-        "Make the run's folder and write its description; returns the folder."
+        "Make the run's folder, without what killed processes left there, and write its description; the folder."
+        for path in self.folder(run).glob('.*'):
+            if path.name.startswith(_UNFINISHED): path.unlink(missing_ok=True)
         atomic_write(self.folder(run)/'run.json', json.dumps({'id': run.id, **run.to_dict()}, indent=1))
         return self.folder(run)
 
