@@ -311,3 +311,14 @@ def test_a_cache_of_another_decoding_is_not_read(tmp_path, monkeypatch):
 def test_an_empty_place_is_one_sentence(tmp_path):
     with pytest.raises(Unusable, match=r'holds no images; accepted: files that end in \.jpeg, \.jpg, \.png, \.bmp, \.webp\.$'): images_in(tmp_path)
     with pytest.raises(Unusable, match='has no class folders; it must hold a folder for each class'): folders_in(tmp_path)
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+@pytest.mark.parametrize('side', [9_000, 12_000, 40_000])
+def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, side):
+    "A small file that claims a large image: refused from its header, whatever follows."
+    def chunk(kind, content): return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+    path = tmp_path/'bomb.png'
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(b'')) + chunk(b'IEND', b''))
+    with pytest.raises(Unusable, match='bomb.png is not a readable image .*pixels') as said: open_image(path)
+    assert '\n' not in str(said.value)

@@ -299,6 +299,21 @@ def _wrong_checkpoint(path, run):
         if isinstance(why, Unusable): raise why from error
         return why
 
+# %% ../../nbs/experiments/04_store.ipynb #40f964d7
+_KNOWN = inspect.signature(filelock.BaseFileLock.__init__).parameters
+_HARD = {'fallback_to_soft': False} if 'fallback_to_soft' in _KNOWN else {} # older releases have no soft ones
+
+
+class _RunLock(filelock.FileLock):
+    "A file lock; a file system that has none is one sentence."
+    def acquire(self, *args, **options):
+        try: return super().acquire(*args, **options)
+        except filelock.Timeout: raise
+        except (OSError, NotImplementedError) as error:
+            why = getattr(error, 'strerror', None) or 'no locks here'
+            raise Unusable(f'{self.lock_file} cannot be locked ({why}); '
+                           'choose a store of your own on a file system with locks.') from error
+
 # %% ../../nbs/experiments/04_store.ipynb #e40235a1
 _UNFINISHED = ('.run.json', '.metrics.jsonl', '.checkpoint.pt', '.weights.safe', '.log_probs.safe', '.result.json',
                '.diverged.json') # begin the names of files that were being written
@@ -311,14 +326,20 @@ class Store(StoredTensors):
     ):
         super().__init__(root or default_store())
         self._sums = {} # (id, file) to the sum of the tensors written by this process
+        self._refusal = self._refused()
+        if self._refusal and not self.root.is_dir(): raise Unusable(self._refusal)
+
+    def _refused(self):
+        "The sentence that says why nothing can be written here, or None."
         said = f'The store {self.root} cannot be written ({{}}); name another folder.'
         try: (self.root/'locks').mkdir(parents=True, exist_ok=True)
-        except OSError as error: raise Unusable(said.format(error.strerror)) from error
-        if not os.access(self.root/'locks', os.W_OK): raise Unusable(said.format('no permission'))
+        except (OSError, ValueError) as error: return said.format(getattr(error, 'strerror', None) or error)
+        return None if os.access(self.root/'locks', os.W_OK) else said.format('no permission')
 
     def lock(self, run:Run)->filelock.FileLock:
-        "The lock that whoever computes `run` holds."
-        return filelock.FileLock(self.root/'locks'/f'{run.id}.lock')
+        "The lock that whoever computes `run` holds; `Unusable` for a store that one may only read."
+        if self._refusal: raise Unusable(self._refusal)
+        return _RunLock(self.root/'locks'/f'{run.id}.lock', **_HARD)
 
     def start(self, run:Run)->Path:
         "Make the run's folder, without what killed processes left there, and write its description; the folder."
