@@ -321,7 +321,10 @@ def _test_store():
 def default_store()->Path:
     "Where finished runs are kept unless another store is named."
     if named := os.environ.get('CMIM_STORE'): return Path(named)
-    return Path(_test_store()) if os.environ.get('IN_TEST') else project_root()/'data'/'runs'
+    if os.environ.get('IN_TEST'): return Path(_test_store())
+    root = project_root() # installed without a checkout, the working directory, which may be a folder of one
+    root = next((folder for folder in (root, *root.parents) if (folder/'settings.ini').exists()), root)
+    return root/'data'/'runs'
 
 # %% ../nbs/00_core.ipynb #441da1fe
 def _granted(folder):

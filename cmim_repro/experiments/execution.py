@@ -12,6 +12,7 @@ __all__ = ['CHOOSING', 'JUDGING', 'ROOM', 'COMPUTING', 'OWNER', 'load_data', 'ma
 import argparse
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -207,7 +208,7 @@ def _check_same_data(run, store, data):
         raise Unusable(f'{run.teacher.name} was made from other data: {name} had the sum {total}, and here it has '
                        f'{data.checksum.get(name)}; use the same copy for both, or another store.')
 
-
+# %% ../../nbs/experiments/05_execution.ipynb #b38926bf
 def _check_weights(run, store, data):
     "Refuse the weights of a teacher that are not finite, or not those of its network; nothing is noted of its student."
     if run.kind == 'release': _check_weights(run.teacher, store, data)
@@ -535,7 +536,7 @@ def log_progress(
         else: print(line, file=stream, flush=True)
     return progress
 
-
+# %% ../../nbs/experiments/05_execution.ipynb #ee267a93
 def _times(seconds, done, left):
     "How long it took, and about how long the rest takes if its runs are like those."
     rest = f', about {seconds/done*left/60:.0f} min left' if done and left else ''
@@ -559,7 +560,11 @@ def read_settings(
     "The settings that these words mean; an unknown name or a value of the wrong kind is `Invalid`."
     changes = parse_overrides(text)
     for name in changes: check_choice('run setting', name, [f.name for f in fields(Settings) if f.name != 'device'])
-    return Settings(device=device, **changes)
+    settings = Settings(device=device, **changes)
+    if settings.compile and not any(map(shutil.which, (os.environ.get('CXX') or 'c++', 'g++', 'clang++', 'cl'))):
+        raise Invalid('compile is True, but there is no C++ compiler (g++, clang++) that torch.compile could call; '
+                      'install one, or leave compile out.')
+    return settings
 
 # %% ../../nbs/experiments/05_execution.ipynb #48952c2f
 def read_plan(

@@ -71,7 +71,7 @@ def _bare(text): return re.sub(_QUOTED, lambda found: found[0][1:-1], text)
 
 _WORDS = {'true': True, 'false': False, 'None': None, 'null': None, '~': None}
 
-
+# %% ../../nbs/experiments/03_profiles.ipynb #a884da6f
 def _value(text):
     "A number, True, False, None or a text, which it always is in quotes."
     if (bare := _bare(text)) != text: return bare

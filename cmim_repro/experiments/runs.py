@@ -281,7 +281,7 @@ def _check_data(run):
     if 'noise' in given: check_number('noise', given['noise'], 0)
     if dataset.note(run.data, 'size'): return _made(run.data, size_of, run.data, run.data_options)
 
-
+# %% ../../nbs/experiments/01_runs.ipynb #5f1c7892
 @lru_cache(maxsize=256)
 def _check_network(name, options, num_classes, image_shape):
     "Refuse a network that cannot be made, without memory for its weights."

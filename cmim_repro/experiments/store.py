@@ -192,8 +192,8 @@ def _described(path):
     raise _damaged(path, f'it was changed and describes the run {run.id}')
 
 # %% ../../nbs/experiments/04_store.ipynb #834b959f
-class StoredRuns:
-    "The runs in a folder, for reading."
+class _Results:
+    "What became of the runs in a folder."
     def __init__(self, root): self.root = Path(root)
 
     def folder(self, run:Run)->Path:
@@ -225,6 +225,9 @@ class StoredRuns:
         "The sum of a file that the run's result has, or None."
         return ((self.result(run) or {}).get('files') or {}).get(file)
 
+# %% ../../nbs/experiments/04_store.ipynb #3fae388d
+class StoredRuns(_Results):
+    "The runs in a folder, for reading."
     def metrics(self, run:Run)->list:
         "The lines of metrics.jsonl, one for each finished epoch."
         path = self.folder(run)/'metrics.jsonl'
@@ -319,8 +322,8 @@ _UNFINISHED = ('.run.json', '.metrics.jsonl', '.checkpoint.pt', '.weights.safe',
                '.diverged.json') # begin the names of files that were being written
 
 
-class Store(StoredTensors):
-    "Finished and unfinished runs in a folder; safe for several processes."
+class _Held(StoredTensors):
+    "A folder in which runs are started, each by one process at a time."
     def __init__(self,
         root=None, # The folder; None means $CMIM_STORE or data/runs in the checkout
     ):
@@ -348,6 +351,9 @@ class Store(StoredTensors):
         atomic_write(self.folder(run)/'run.json', json.dumps({'id': run.id, **run.to_dict()}, indent=1))
         return self.folder(run)
 
+# %% ../../nbs/experiments/04_store.ipynb #86ff9ef6
+class Store(_Held):
+    "Finished and unfinished runs in a folder; safe for several processes."
     def save_tensors(self, run:Run, file:str, tensors:dict):
         "Write named tensors as safetensors."
         plain = {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}

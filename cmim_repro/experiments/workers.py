@@ -106,21 +106,8 @@ def torchrun_command(
     return [*launcher, *worker_command(*words, **options)]
 
 # %% ../../nbs/experiments/06_workers.ipynb #6d321017
-_TRIES = 3 # times that a child is started again
-
-
-class _Child:
-    "A process that works on a plan, and its log."
-    def __init__(self, command, log):
-        self.command, self.log, self.deaths = command, log, 0
-        self.start()
-
-    def start(self):
-        with self.log.open('ab') as file:
-            self.begin = file.tell()
-            self.process = subprocess.Popen([sys.executable, *self.command], stdout=file, stderr=file,
-                                            env={**os.environ, OWNER: str(os.getpid())})
-
+class _Log:
+    "What a process that works on a plan has said, and how it has ended."
     def said(self): return self.log.read_bytes()[self.begin:].decode('utf-8', 'replace').strip().splitlines()
 
     def signal(self):
@@ -140,6 +127,22 @@ class _Child:
         if refused := [line for line in lines if line.startswith('error: ')]: return refused[0].removeprefix('error: ')
         spoken = [line for line in lines if line.strip('=- ') and not line.startswith(('[', COMPUTING))]
         return self.told(f'with {spoken[-1] if spoken else f"code {self.process.returncode}"!r}')
+
+# %% ../../nbs/experiments/06_workers.ipynb #7ede094a
+_TRIES = 3 # times that a child is started again
+
+
+class _Child(_Log):
+    "A process that works on a plan, and its log."
+    def __init__(self, command, log):
+        self.command, self.log, self.deaths = command, log, 0
+        self.start()
+
+    def start(self):
+        with self.log.open('ab') as file:
+            self.begin = file.tell()
+            self.process = subprocess.Popen([sys.executable, *self.command], stdout=file, stderr=file,
+                                            env={**os.environ, OWNER: str(os.getpid())})
 
     def works(self):
         "Does it go on, perhaps because it was started again? `Unusable` if it has failed."

@@ -238,6 +238,17 @@ def _renew(plan, store):
     text = f"{len(outdated)} runs of the store were made by other code than today's and are made again."
     if outdated: tell(text, f'<p>{text}</p>')
 
+# %% ../../nbs/report/09_exhibit.ipynb #3b34f0d8
+def _check_end(folder, parameters, runs, load):
+    "Find out before anything is computed whether the result can be written, and drawn as it was asked for."
+    probe = folder/'.writable'
+    atomic_write(probe, '')
+    probe.unlink(missing_ok=True)
+    if not (asked := parameters.get('simplex_classes') or parameters.get('classes')): return
+    for run in runs.values():
+        names = list(map(str, load(run).class_names))
+        confused_classes(torch.zeros(1, len(names)), torch.zeros(1), asked, names)
+
 # %% ../../nbs/report/09_exhibit.ipynb #5ccdc3cf
 class Planned(Given):
     "Finds out what must be run, shows it, and has it computed."
@@ -263,22 +274,12 @@ class Planned(Given):
         "Show the plan and compute what the store lacks."
         self.plan(entries)
         if self.plan_only: return
-        self._check_end()
+        _check_end(self.folder, self.parameters, {e.data: e.run for e in self.entries}, self.load)
         p = self.parameters
         count = process_count(p['workers'], p['executor'], self.profile)
         complaints = compute(self._plan, self.store, p['executor'], count, self.settings, root=p['data_root'] or None,
                              allow_unverified=p['allow_unverified'], progress=log_progress())
         for sentence in complaints: tell(sentence, f'<p>{sentence}</p>')
-
-    def _check_end(self):
-        "Find out before anything is computed whether the result can be written, and drawn as it was asked for."
-        probe = self.folder/'.writable'
-        atomic_write(probe, '')
-        probe.unlink(missing_ok=True)
-        if not (asked := self.parameters.get('simplex_classes') or self.parameters.get('classes')): return
-        for run in {e.data: e.run for e in self.entries}.values():
-            names = list(map(str, self.load(run).class_names))
-            confused_classes(torch.zeros(1, len(names)), torch.zeros(1), asked, names)
 
     def do(self,
         function, # What else has to be done before the result can be shown

@@ -248,7 +248,7 @@ def _tame(text):
 
 def _title(text): return re.sub('<[^>]*>', '', text).replace('<', '&lt;').replace('"', '&quot;')
 
-
+# %% ../../nbs/report/10_page.ipynb #5993bab2
 def table_parts(
     files: dict, # Suffix to path
 )->dict:
@@ -382,6 +382,7 @@ def main(arguments=None):
     args = _arguments(arguments)
     figures, places = Path(args.figures or project_root()/'figures').resolve(), exhibits(project_root()/'nbs')
     try:
+        if not places: raise Unusable(f"{project_root()/'nbs'} holds no tables and figures; run inside a checkout.")
         if args.name: return 1 if _run(args, figures, places) else 0
         print(f'Page: {write_page(figures)}')
     except Invalid as error:

@@ -49,7 +49,7 @@ def _listed(archive, folder):
     except (OSError, zipfile.BadZipFile) as error: raise Unusable(f'{archive} cannot be read ({error}).') from error
     return {folder / entry.filename: entry.file_size for entry in entries}
 
-
+# %% ../../../nbs/lab/data/03_tinyimagenet.ipynb #6e88772f
 def _fetch_whole(folder):
     "Download and unpack beside; the folder gets its name when every file is there."
     archive, beside = folder.parent / _ARCHIVE, folder.parent / f'.{_FOLDER}.part'
