@@ -27,6 +27,7 @@ from urllib.parse import quote
 import mistune
 
 from ..core import Invalid, Unusable, atomic_write, check_choice, project_root
+from ..experiments.execution import alive
 from .exhibit import TOLD, declared
 from .formats import render
 
@@ -136,6 +137,9 @@ def _execute(source, copy, parameters, tell):
                                kernel_manager_class=Manager, extra_arguments=['--log-level=CRITICAL'])
 
 # %% ../../nbs/report/10_page.ipynb #8adcb6ae
+_COPIES = 'cmim-notebook-' # begins the names of folders of notebooks that are being executed
+
+
 def draw(
     source, # Notebook of an exhibit
     place, # Where its executed copy goes
@@ -144,7 +148,10 @@ def draw(
 )->str:
     "Run a notebook and keep its executed copy; '' if it ended well, else the sentence that it ended with."
     place, started = Path(place), time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix='cmim-notebook-'))
+    for left in Path(tempfile.gettempdir()).glob(f'{_COPIES}*'): # by processes that were killed
+        owner = re.match(rf'{_COPIES}(\d+)-', left.name)
+        if owner and not alive(int(owner[1])): shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f'{_COPIES}{os.getpid()}-'))
     copy, mark, sentence = folder/place.name, place.with_suffix('.failed'), ''
     atomic_write(mark, 'It did not come to its end.\n')
     try: _execute(str(source), str(copy), parameters, tell)
