@@ -30,7 +30,7 @@ PLANS = [changed(field, value) for field in GOOD for value in KINDS if not sound
 PLANS += [within('recipe', name, value) for name, value in [
     ('epochs', 0), ('epochs', '3'), ('epochs', 10**400), ('epochs', True), ('batch_size', 1), ('lr', 0), ('lr', float('nan')), ('lr', float('inf')), ('momentum', 1),
     ('nesterov', 'yes'), ('schedule', ['step']), ('milestones', 3), ('milestones', 'abc'), ('milestones', None), ('milestones', [0]), ('gamma', 2), ('step_epochs', 0),
-    ('augment', 'mirror'), ('precision', 'fp8'), ('micro_batch', -1), ('processes', 0), ('evaluate_every', 0), ('fused', -1), ('colour', 'red')]]
+    ('augment', 'mirror'), ('precision', 'fp8'), ('micro_batch', -1), ('processes', 0), ('evaluate_every', 0), ('fused', -1), ('micro_batch', 1), ('colour', 'red')]]
 PLANS += [within('data_options', name, value) for name, value in [
     ('per_class', 0), ('per_class', 10**6), ('per_class', 'all'), ('per_class', [3]), ('held_out', 1), ('held_out', 'half'), ('held_out', -.1), ('split_seed', -1),
     ('split_seed', 'x'), ('classes', 1), ('classes', 99), ('classes', [0]), ('classes', 'zero'), ('classes', {}), ('test_per_class', 0), ('colour', 3)]]
@@ -38,6 +38,7 @@ PLANS += [within('model_options', name, value) for name, value in [('width', 0),
 PLANS += [within('options', name, value) for name, value in [
     ('weight', 'much'), ('weight', None), ('weight', [1]), ('temperature', 0), ('temperature', float('nan')), ('reduction', 'sum'), ('reduction', 3), ('heat', 1)]]
 PLANS += [{**GOOD, 'options': {}}, {**GOOD, 'method': 'ce'}, {**GOOD, 'method': 'st', 'options': {'ratio': .1}, 'model': 'cnn_small'}, {**GOOD, 'data': 'folder'},
+          {**GOOD, 'method': 'knockoff', 'options': {**make_run('digits', 'cnn_tiny', 'knockoff', teacher=TEACHER).options, 'budget': 1}},
           {**GOOD, 'method': 'mkd', 'options': {**make_run('digits', 'cnn_tiny', 'mkd', teacher=TEACHER).options, 'dimension': 10**9}},
           changed('teacher', {**TEACHER.to_dict(), 'seed': '/../../../escaped/x'}), changed('teacher', {**TEACHER.to_dict(), 'data_options': {'classes': 5}}),
           {name: value for name, value in GOOD.items() if name != 'seed'}]

@@ -324,6 +324,10 @@ def check_options(
             check_number(option, run.options[option], -_LARGEST, _LARGEST)
     facts = {name: value for name, value in _PRETENDED.items() if name in registry.context(run.method)}
     _made(run.method, registry, run.method, **run.options, **facts)
+    if run.options.get('budget') == 1 and run.kind == 'attack': # batch normalisation has no mean of one image
+        raise Invalid('budget is 1; a student needs two images at least.')
+    if run.trains and run.recipe.micro_batch == 1:
+        raise Invalid('micro_batch is 1; batch normalisation needs two images at least.')
     if run.options.get('transfer') == 'train' and run.options['budget']:
         choose_queries(size_of(run.data, run.data_options).train, run.options['budget'])
     if run.method == 'scm' and len(earlier_stages(run)) != run.options['stages'] - 1:

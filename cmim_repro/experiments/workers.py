@@ -397,7 +397,7 @@ def local_client(
     import dask
     specification = {i: {'cls': d.Nanny, 'options': options}
                      for i, options in enumerate(worker_options(workers, settings))}
-    scheduler = {'cls': d.Scheduler, 'options': {'host': '127.0.0.1', 'port': 0, 'dashboard_address': ':0'}}
+    scheduler = {'cls': d.Scheduler, 'options': {'host': '127.0.0.1', 'port': 0, 'dashboard_address': '127.0.0.1:0'}}
     with dask.config.set(_PATIENCE), d.SpecCluster(specification, scheduler, silence_logs=logging.ERROR) as cluster, \
             d.Client(cluster) as client: yield client # workers start when the cluster is made
 
