@@ -8,6 +8,7 @@ __all__ = ['FOLDERS', 'HOW', 'NARROWING', 'TOLD', 'notebook_of', 'declared', 're
 
 # %% ../../nbs/report/09_exhibit.ipynb #4ee9ae34
 import ast
+import contextlib
 import inspect
 import json
 import math
@@ -241,9 +242,11 @@ def _renew(plan, store):
 # %% ../../nbs/report/09_exhibit.ipynb #3b34f0d8
 def _check_end(folder, parameters, runs, load):
     "Find out before anything is computed whether the result can be written, and drawn as it was asked for."
-    probe = folder/'.writable'
+    probe, new = folder/'.writable', not folder.exists()
     atomic_write(probe, '')
     probe.unlink(missing_ok=True)
+    with contextlib.suppress(OSError): # nothing is there before the result is, unless another process was faster
+        if new: folder.rmdir()
     if not (asked := parameters.get('simplex_classes') or parameters.get('classes')): return
     for run in runs.values():
         names = list(map(str, load(run).class_names))
