@@ -17,7 +17,7 @@ ASKED := $(if $(filter tables,$(MAKECMDGOALS)),$(TABLES)) $(if $(filter figures,
   $(if $(filter beyond,$(MAKECMDGOALS)),$(BEYOND))
 
 .DEFAULT_GOAL := help
-.PHONY: help install table1 tables figures beyond gallery book page FORCE test notebooks pytest slow lint export outputs cost pilot lab
+.PHONY: help install table1 tables figures beyond gallery book page FORCE test notebooks pytest slow faults lint export outputs cost pilot lab
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ pytest: install ## the tests that tell no story: golden vectors, kills, bad inpu
 
 slow: install ## tests that take more than half a minute each: graph capture of deep networks and the like
 	$(BIN)/python -m pytest -q -m slow -n 2 --dist worksteal
+
+faults: install ## campaigns of faults with counts: kills, flipped bits, full disks, bad plans and parameters; half an hour
+	$(BIN)/python tests/faults/campaign.py --csv tests/faults/table.csv
 
 lint: install ## ruff on notebooks, package and tests
 	$(BIN)/ruff check nbs cmim_repro tests .ci

@@ -26,7 +26,7 @@ SKIPPED = re.compile(r'^#\|\s*(eval:\s*false|cuda|slow)\b', re.M)
 def notebooks():
     "All notebooks of the book, in order."
     found = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard', 'nbs/*.ipynb', 'nbs/**/*.ipynb'],
-                           cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\n')
+                           cwd=ROOT, capture_output=True, text=True, check=True, encoding='utf-8').stdout.split('\n')
     return sorted({ROOT/name for name in found if name and (ROOT/name).exists()})
 
 

@@ -8,6 +8,8 @@ import pickle
 import signal
 import tarfile
 import threading
+import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -435,6 +437,23 @@ def test_a_file_that_may_not_be_read_is_named(tree, monkeypatch):
         next(dataset('imagenet', root=tree, workers=0).batches('train', 10))
 
 
+def test_readers_that_give_nothing_end_with_a_sentence(tree, monkeypatch):
+    monkeypatch.setattr('cmim_repro.lab.data.imagenet._LONGEST', 1)
+    monkeypatch.setattr('cmim_repro.lab.data.imagenet.open_image', lambda *_: time.sleep(3600))
+    with pytest.raises(Unusable, match='or gave none for .* minutes, .*/dev/shm'):
+        next(dataset('imagenet', root=tree, workers=2).batches('train', 10))
+
+
+def test_names_that_are_not_utf8(tree):
+    "A file's is part of a sum only; a folder's becomes a class, which tables show."
+    os.rename(os.fsencode(tree / 'train' / 'n01' / '03.JPEG'), os.fsencode(tree / 'train' / 'n01') + b'/caf\xe9.JPEG')
+    data = dataset('imagenet', root=tree, workers=0)
+    assert len(next(data.batches('train', 40))[0]) == 40 and data.checksum['train'].startswith('sha256:')
+    for part in ('train', 'val'): os.rename(tree / part / 'n02', os.fsencode(tree / part) + b'/caf\xe9')
+    with pytest.raises(Unusable, match='has a name that cannot be shown; rename it') as said: dataset('imagenet', root=tree)
+    str(said.value).encode()
+
+
 # ---- TinyImageNet's layout
 
 @pytest.fixture
@@ -486,6 +505,44 @@ def test_a_damaged_tinyimagenet_is_one_sentence_that_names_the_file(tiny, damage
     damage(tiny)
     with pytest.raises(Unusable) as refusal: dataset('tinyimagenet', root=tiny)
     assert words in str(refusal.value) and '\n' not in str(refusal.value)
+
+
+def packed(tiny, monkeypatch):
+    "The folder as an archive in the downloads folder, its sum taken for the published one."
+    archive = tiny.parent / 'downloads' / 'tiny-imagenet-200.zip'
+    archive.parent.mkdir()
+    with zipfile.ZipFile(archive, 'w') as found:
+        for path in sorted(tiny.rglob('*')): found.write(path, path.relative_to(tiny.parent))
+    monkeypatch.setattr('cmim_repro.lab.data.tinyimagenet._MD5', hashlib.md5(archive.read_bytes()).hexdigest())
+    return archive
+
+
+def test_unpacking_that_was_killed_begins_again_and_verified_counts_the_images(tiny, monkeypatch):
+    archive = packed(tiny, monkeypatch)
+    folder, write = archive.parent / 'tiny-imagenet-200', zipfile.ZipFile._extract_member
+    class Killed(BaseException): pass
+
+    def killed(self, member, *words):
+        if getattr(member, 'filename', member).endswith('n02_3.JPEG'): raise Killed
+        return write(self, member, *words)
+    with monkeypatch.context() as changed, pytest.raises(Killed):
+        changed.setattr(zipfile.ZipFile, '_extract_member', killed)
+        dataset('tinyimagenet')
+    assert not folder.exists()
+    whole = dataset('tinyimagenet')
+    assert whole.size('train') == 8 and whole.verified and archive.exists() and not list(archive.parent.glob('*.part'))
+    (folder / 'train' / 'n02' / 'images' / 'n02_3.JPEG').unlink() # as an earlier version may have left it
+    part = dataset('tinyimagenet')
+    assert part.size('train') == 7 and not part.verified
+
+
+def test_a_broken_archive_is_one_sentence(tiny, monkeypatch):
+    archive = packed(tiny, monkeypatch)
+    (archive.parent / 'tiny-imagenet-200').mkdir()
+    for path in tiny.iterdir(): path.rename(archive.parent / 'tiny-imagenet-200' / path.name)
+    archive.write_bytes(b'PK\x03\x04 cut off')
+    monkeypatch.setattr('cmim_repro.lab.data.tinyimagenet._MD5', hashlib.md5(archive.read_bytes()).hexdigest())
+    with pytest.raises(Unusable, match='tiny-imagenet-200.zip cannot be read'): dataset('tinyimagenet')
 
 
 def test_augmented_draws_for_the_whole_batch():

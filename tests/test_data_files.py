@@ -252,7 +252,7 @@ def test_a_class_folder_may_be_a_link(tree, tmp_path):
 def test_a_link_that_leads_nowhere_is_named(tree, name, target):
     (tree.home/name).parent.mkdir(exist_ok=True)
     (tree.home/name).symlink_to(target)
-    refused(tree, f'{tree.home/name} is a link that leads nowhere; mend it or remove it.')
+    refused(tree, f'{tree.home/name} is a link that leads nowhere; mend it.')
     (tree.home/name).rename((tree.home/name).with_name('.lost')) # hidden names do not count
     assert tree.greys() == [1]
 
@@ -311,3 +311,14 @@ def test_a_cache_of_another_decoding_is_not_read(tmp_path, monkeypatch):
 def test_an_empty_place_is_one_sentence(tmp_path):
     with pytest.raises(Unusable, match=r'holds no images; accepted: files that end in \.jpeg, \.jpg, \.png, \.bmp, \.webp\.$'): images_in(tmp_path)
     with pytest.raises(Unusable, match='has no class folders; it must hold a folder for each class'): folders_in(tmp_path)
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+@pytest.mark.parametrize('side', [9_000, 12_000, 40_000])
+def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path, side):
+    "A small file that claims a large image: refused from its header, whatever follows."
+    def chunk(kind, content): return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+    path = tmp_path/'bomb.png'
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0)) + chunk(b'IDAT', zlib.compress(b'')) + chunk(b'IEND', b''))
+    with pytest.raises(Unusable, match='bomb.png is not a readable image .*pixels') as said: open_image(path)
+    assert '\n' not in str(said.value)

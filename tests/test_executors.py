@@ -1,5 +1,6 @@
 """A plan gives the same weights wherever it runs, survives a worker that dies, and says in a sentence what is wrong."""
 import os
+import platform
 import signal
 import stat
 import subprocess
@@ -9,12 +10,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cmim_repro.core import Invalid, Unusable
-from cmim_repro.experiments.execution import OpenRuns, execute
+from cmim_repro.experiments.execution import OpenRuns, Patience, execute
 from cmim_repro.experiments.runs import Plan, make_run
 from cmim_repro.experiments.store import Store
 from cmim_repro.experiments.workers import (
+    _plan_file,
     compute,
     execute_on_dask,
     local_client,
@@ -24,6 +27,7 @@ from cmim_repro.experiments.workers import (
     torchrun_command,
     worker_options,
 )
+from cmim_repro.lab.processes import join_processes, processes
 from cmim_repro.lab.training import Recipe, Settings
 
 CPU = Settings(device='cpu', checkpoint_seconds=0)
@@ -210,7 +214,7 @@ def test_torchruns_command_passes_every_setting(tmp_path):
     command = torchrun_command(3, 'plan.json', Store(tmp_path), settings, tmp_path, True)
     assert command[:8] == ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '3',
                            '-m', 'cmim_repro.experiments.execution', 'plan.json']
-    pairs = dict(zip(command[8:-1:2], command[9::2], strict=False))
+    pairs = dict(word.split('=', 1) for word in command[8:-1])
     assert 'tf32=False, threads=3' in pairs['--settings'] and pairs['--data-root'] == str(tmp_path)
     assert command[-1] == '--allow-unverified'
     assert read_executor('torchrun:3') == ('torchrun', 3)
@@ -294,3 +298,82 @@ def test_workers_end_with_the_process_they_work_for_however_it_ends(tmp_path, ho
     owner.send_signal(how)
     owner.wait()
     wait_until(lambda: all(gone(child.name) for child in children.iterdir()))
+
+
+DYING = """
+import os, pathlib, signal, sys
+folder, deaths = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+print('computing kd-cnn_tiny', flush=True)
+count = len(list(folder.glob('death*')))
+if count < deaths:
+    (folder/f'death{count}').touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_that_a_signal_ends_is_started_again_and_its_log_is_kept(tmp_path):
+    with pytest.warns(UserWarning, match='ended by SIGKILL while it computed kd-cnn_tiny; its log is .*try 1 of 3') as said:
+        run_children(['-c', DYING, str(tmp_path), '2'], 1, tmp_path, lambda last: None, pause=.05)
+    [log] = tmp_path.glob('*.log')
+    assert len(said) == 2 and str(log) in str(said[0].message) and log.read_text().count('computing') == 3
+
+
+@pytest.mark.filterwarnings('ignore:A worker ended')
+def test_a_worker_that_always_dies_ends_with_a_sentence(tmp_path):
+    with pytest.raises(Unusable, match='ended by SIGKILL 4 times.*kd-cnn_tiny; its log is') as said:
+        run_children(['-c', DYING, str(tmp_path), '99'], 1, tmp_path, lambda last: None, pause=.05)
+    assert '\n' not in str(said.value) and len(list(tmp_path.glob('death*'))) == 4
+
+
+@pytest.mark.filterwarnings('ignore:A worker ended')
+def test_the_others_go_on_when_one_dies(tmp_path):
+    code = "import os, pathlib, signal, sys\nfolder = pathlib.Path(sys.argv[1])\ntry: (folder/'first').touch(exist_ok=False)\n"
+    code += "except FileExistsError: os.kill(os.getpid(), signal.SIGKILL)\n"
+    run_children(['-c', code, str(tmp_path)], 2, tmp_path, lambda last: None, pause=.2) # one has done all there was
+
+
+def test_a_workers_own_failure_names_its_run_and_not_a_line_of_equals_signs(tmp_path):
+    code = "import sys; print('computing ls-cnn_tiny'); print('[####] 3/4 runs'); print('ValueError: no'); print('=====', flush=True); sys.exit(1)"
+    with pytest.raises(Unusable, match="with 'ValueError: no' while it computed ls-cnn_tiny; its log is"):
+        run_children(['-c', code], 1, tmp_path, lambda last: None, pause=.05)
+    code = "import sys; print('Signal 9 (SIGKILL) received by PID 7'); print('=====', flush=True); sys.exit(1)" # a launcher
+    with pytest.warns(UserWarning, match='ended by SIGKILL'), pytest.raises(Unusable, match='by SIGKILL 4 times'):
+        run_children(['-c', code], 1, tmp_path, lambda last: None, pause=.05)
+
+
+def test_plans_and_unfinished_files_of_killed_processes_are_removed_by_the_next(tmp_path):
+    store, folder = Store(tmp_path/'store'), tmp_path/'store'/'plans'
+    folder.mkdir()
+    old, own, other, log = (folder/name for name in (f'{platform.node()}-4194304-1.json', f'{platform.node()}-{os.getpid()}-1.json', 'elsewhere-7-1.json', 'elsewhere-7-1-0.log'))
+    for path in (old, own, other, log): path.touch()
+    os.utime(log, (0, 0))
+    run = PLAN.runs[0]
+    store.start(run)
+    (store.folder(run)/'.checkpoint.ptabc').touch()
+    with _plan_file(PLAN, store) as file: assert sorted(folder.iterdir()) == sorted([own, other, file])
+    store.start(run)
+    assert [path.name for path in store.folder(run).iterdir()] == ['run.json']
+
+
+def test_waiting_is_told_after_a_minute_and_ends_after_hours(tmp_path, monkeypatch):
+    clock, said, store, run = [0.], [], Store(tmp_path), PLAN.runs[0]
+    monkeypatch.setattr('cmim_repro.experiments.execution.time', SimpleNamespace(monotonic=lambda: clock[0]))
+    store.start(run)
+    patience = Patience(store, said.append)
+    patience.look([run])
+    assert not said
+    for clock[0] in (61., 5*3600.): patience.look([run])
+    assert said[0] == f'{run.name}, which another process computes'
+    store.save_tensors(run, 'weights.safetensors', {})
+    clock[0] = 10*3600.
+    patience.look([run])
+    clock[0] = 17*3600.
+    with pytest.raises(Unusable, match=f'{run.name} is held by another process, and nothing was written for 6 hours.*lock'): patience.look([run])
+
+
+@pytest.mark.parametrize('size', ['', '4', 'x'])
+def test_what_a_queue_left_in_the_environment_is_not_waited_for(monkeypatch, size):
+    monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
+    for name, value in {'WORLD_SIZE': size, 'RANK': '0', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '1'}.items(): monkeypatch.setenv(name, value)
+    join_processes(torch.device('cpu'))
+    assert processes() == 1

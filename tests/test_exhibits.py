@@ -383,3 +383,11 @@ def test_figure_3_lists_the_largest(outputs):
     peaks = figure3.peak_table(curves, alphas)
     assert peaks['max CMI'].idxmax() == 0
     assert peaks.loc[0, 'max CMI'] == pytest.approx(np.mean([v.max() for v in curves['digits', 'cnn_small']['ce']]))
+
+
+@pytest.mark.parametrize('given, words', [({'simplex_classes': 'one, two, cat'}, "Unknown class 'cat'"), ({'simplex_classes': 'one'}, 'give three names'),
+                                          ({'figures': '/proc/nowhere'}, 'cannot be written')])
+def test_what_the_end_needs_is_checked_before_the_first_step(tmp_path, given, words):
+    asked = {'profile': 'smoke', 'store': str(tmp_path/'store'), 'figures': str(tmp_path/'figures'), 'seeds': '1', 'attacks': 'kd', 'defenses': 'ls', **given}
+    with pytest.raises(Invalid, match=words): Exhibit('table1', asked).run(table1.entries)
+    assert not list((tmp_path/'store').glob('*-*'))

@@ -1,7 +1,10 @@
 "Every network: parameter counts, shapes, gradients, memory formats, graph capture, and refused input."
 import csv
 import functools
+import hashlib
+import io
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import pytest
@@ -207,22 +210,52 @@ def test_unknown_names_options_and_classes():
     with pytest.raises(Invalid, match='width is 0'): model('cnn_small', width=0)
 
 
-def test_published_weights_that_cannot_be_downloaded(monkeypatch):
+def test_published_weights_that_cannot_be_downloaded(monkeypatch, tmp_path):
     def refuse(*_, **__): raise URLError('no route to host')
-    monkeypatch.setattr(torchvision.models, 'get_model', refuse)
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', refuse)
     with pytest.raises(Unusable, match="The weights of 'resnet18' cannot be loaded .*no route to host.*; fetch "
                                        "https://.*resnet18"):
         model('imagenet_resnet18', pretrained=True)
 
 
-def test_published_weights_are_read_from_the_cache(monkeypatch, tmp_path):
+def published(monkeypatch, tmp_path, content):
+    "A file in the cache that is taken for the published one: its name has its sum."
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    folder = tmp_path/'hub'/'checkpoints'
-    folder.mkdir(parents=True)
-    saved = torchvision.models.mobilenet_v2().state_dict()
-    torch.save(saved, folder/torchvision.models.MobileNet_V2_Weights.IMAGENET1K_V1.url.rsplit('/', 1)[1])
+    path = tmp_path/'hub'/'checkpoints'/f'mobilenet-{hashlib.sha256(content).hexdigest()[:8]}.pth'
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    known = {'IMAGENET1K_V1': SimpleNamespace(url=f'https://nowhere/{path.name}')}
+    monkeypatch.setattr(torchvision.models, 'get_model_weights', lambda name: known)
+    return path
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def test_published_weights_are_read_from_the_cache(monkeypatch, tmp_path):
+    weights = torchvision.models.mobilenet_v2().state_dict()
+    path = published(monkeypatch, tmp_path, saved(weights))
     net = model('imagenet_mobilenetv2', pretrained=True)
-    assert all(value.equal(saved[key]) for key, value in net.state_dict().items())
+    assert all(value.equal(weights[key]) for key, value in net.state_dict().items())
+    path.write_bytes(saved(torchvision.models.mobilenet_v2().state_dict())) # random ones under the published name
+    with pytest.raises(Unusable, match='has the SHA-256 .* of its name'): model('imagenet_mobilenetv2', pretrained=True)
+
+
+class Evil:
+    def __reduce__(self): return Path.touch, (Path('escaped'),)
+
+
+@pytest.mark.parametrize('value', [Evil(), {'a': torch.zeros(1)}], ids=['code', 'other weights'])
+def test_a_file_of_weights_runs_nothing(monkeypatch, tmp_path, value):
+    monkeypatch.chdir(tmp_path)
+    published(monkeypatch, tmp_path, saved(value))
+    with pytest.raises(Unusable, match="The weights of 'mobilenet_v2' cannot be loaded") as said:
+        model('imagenet_mobilenetv2', pretrained=True)
+    assert '\n' not in str(said.value) and not Path('escaped').exists()
 
 
 WEIGHTS = list(csv.DictReader((Path(__file__).parent/'golden'/'initial_weights.csv').read_text().splitlines()))

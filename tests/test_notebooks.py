@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, LINES, CELLS, KILOBYTES = 120, 40, 60, 200
-NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(ROOT).parts))
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not any(part.startswith(('.', '_')) for part in p.relative_to(ROOT).parts)
+                   and 'papermill' not in json.loads(p.read_text(encoding='utf-8'))['metadata']) # copies that were executed beside them
 RUNS = [p for p in NOTEBOOKS if p.name.startswith('run_')]
 PAPER = [p for p in RUNS if re.fullmatch(r'run_(table|figure)\d+', p.stem)]
 PARTS = ('core', 'theory', 'lab', 'defenses', 'attacks', 'experiments', 'report', 'audits', 'exhibits') # each may import those before it

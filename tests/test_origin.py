@@ -16,7 +16,7 @@ from cmim_repro.experiments import execution
 from cmim_repro.experiments.execution import execute
 from cmim_repro.experiments.profiles import narrowed, profile
 from cmim_repro.experiments.runs import Plan, make_run
-from cmim_repro.experiments.store import Store, code_digest
+from cmim_repro.experiments.store import Store, code_digest, revision
 from cmim_repro.lab.training import Recipe, Settings
 from cmim_repro.report.exhibit import Exhibit
 from cmim_repro.report.results import provenance_note
@@ -127,8 +127,7 @@ def test_what_other_code_has_made_is_marked_and_made_again_on_request(tmp_path):
     store = Store(tmp_path/'store')
     Exhibit('figure3', asked).run(figure3.entries)
     assert store.result(entries[0].run) and 'other code' not in provenance_note(entries, store, 'x')
-    path = store.folder(entries[0].run)/'result.json'
-    path.write_text(json.dumps({**json.loads(path.read_text()), 'code': 'older', 'accuracy': .123}))
+    store.finish(entries[0].run, {**store.result(entries[0].run), 'code': 'older', 'accuracy': .123})
     assert "Made by other code than today's: 1 of these runs; `-p renew True` repeats them." in provenance_note(entries, store, 'x')
     Exhibit('figure3', asked).run(figure3.entries)
     assert store.result(entries[0].run)['accuracy'] == .123 # marked, but not touched unless it is asked for
@@ -136,3 +135,48 @@ def test_what_other_code_has_made_is_marked_and_made_again_on_request(tmp_path):
     assert store.result(entries[0].run)['code'] == code_digest(entries[0].run) and store.result(entries[0].run)['accuracy'] != .123
     [aside] = (tmp_path/'store'/'set_aside').iterdir()
     assert json.loads((aside/'result.json').read_text())['accuracy'] == .123
+
+
+def repository(folder):
+    folder.mkdir()
+    return recorded(folder, '--allow-empty')
+
+
+def recorded(folder, *words):
+    "A repository with what is in the folder."
+    for command in (['init', '-q'], ['add', '.'], ['-c', 'user.name=a', '-c', 'user.email=a@b', 'commit', '-q', '-m', 'it', *words]):
+        subprocess.run(['git', *command], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture
+def unpacked(monkeypatch):
+    "A function that puts the package into a folder, from where it is used."
+    monkeypatch.delenv('CMIM_REVISION', raising=False)
+    def unpack(place):
+        (place/'cmim_repro').mkdir(parents=True)
+        for name in ('__init__.py', 'core.py'): shutil.copy(ROOT/'cmim_repro'/name, place/'cmim_repro')
+        shutil.copy(ROOT/'settings.ini', place)
+        monkeypatch.setattr('cmim_repro.__file__', str(place/'cmim_repro'/'__init__.py'))
+        return place
+    return unpack
+
+
+def test_the_revision_is_never_that_of_another_repository(tmp_path, monkeypatch, unpacked):
+    "A package installed elsewhere and used in somebody's checkout, and archives unpacked inside and at the top of one."
+    theirs = repository(tmp_path/'theirs')
+    monkeypatch.chdir(theirs)
+    for place in (tmp_path/'installed', theirs/'inside', theirs):
+        unpacked(place)
+        assert revision() == 'unknown'
+    monkeypatch.setenv('CMIM_REVISION', 'mine')
+    assert revision() == 'mine'
+
+
+def test_the_own_checkout_is_told_and_one_that_git_does_not_trust_is_said_to_be_that(tmp_path, monkeypatch, unpacked):
+    own = recorded(unpacked(tmp_path/'own'))
+    assert len(revision()) == 12
+    (own/'cmim_repro'/'core.py').write_text('', encoding='utf-8')
+    assert revision().endswith('+changes')
+    monkeypatch.setenv('GIT_TEST_ASSUME_DIFFERENT_OWNER', '1')
+    with pytest.warns(UserWarning, match='dubious ownership.*CMIM_REVISION'): assert revision() == 'unknown'

@@ -22,7 +22,7 @@ from cmim_repro import audit
 from cmim_repro.audits.report import write_report
 from cmim_repro.report.figures import Picture, cmi_curves, save_picture, simplex_figure, simplex_html, simplex_points
 from cmim_repro.report.formats import Table, runs_cell, save_table
-from cmim_repro.report.page import exhibits, main
+from cmim_repro.report.page import exhibits, main, page_html
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = list(exhibits(ROOT/'nbs'))
@@ -384,3 +384,21 @@ def test_bad_arguments_end_with_one_sentence(capsys, arguments, words):
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith('error: ') and words in captured.err and len(captured.err.splitlines()) == 1
+
+
+EVIL = '<script>alert(1)</script><img src=x onerror="alert(1)"><td onclick="alert(1)">'
+
+
+def test_tables_and_provenance_are_shown_not_obeyed(tmp_path):
+    "Results that somebody else made, with HTML in every place."
+    folder = tmp_path/'figures'/'quick'
+    folder.mkdir(parents=True)
+    plain = f'<table><caption>{EVIL}" onmouseover="alert(1)</caption><tbody><tr><td>1 &lt; 2{EVIL}</td></tr></tbody></table><p class="note">{EVIL}</p>'
+    (folder/'table1.html').write_text(plain, encoding='utf-8')
+    (folder/'table2.md').write_text(f'**{EVIL}**\n\n| a | {EVIL} |\n|---|---|\n| 1 | {EVIL} |\n\n{EVIL}\n', encoding='utf-8')
+    (folder/'figure1.png').write_bytes(b'')
+    (folder/'figure1.provenance.txt').write_text(EVIL, encoding='utf-8')
+    (folder/'table1.answer.json').write_text(json.dumps({'verdict': EVIL, 'because': EVIL}), encoding='utf-8')
+    text = page_html(tmp_path/'figures', ROOT/'nbs', tmp_path/'none')
+    for tag in ('<script', '<img src=x', '<td onclick'): assert tag not in text, tag
+    assert '" onmouseover' not in text and '1 &lt; 2' in text and '&lt;script&gt;' in text

@@ -381,9 +381,9 @@ def read_times(
     "All measurements of these runs, one for each device."
     found = []
     for path in sorted((store.root/'timings').glob(f'{_timing_stem(runs)}-*.json')):
-        try: found.append(json.loads(path.read_text()))
+        try: found.append(json.loads(path.read_text(encoding='utf-8')))
         except (OSError, ValueError) as error:
-            raise Unusable(f'{path} is damaged ({error}); delete it and measure again.') from error
+            raise Unusable(f'{path} is damaged ({error}); move it elsewhere and measure again.') from error
     return found
 
 
@@ -422,7 +422,7 @@ def _kind_of(run): return _kind({**vars(run), 'recipe': vars(run.recipe)})
 
 
 def _read(folder):
-    try: return json.loads((folder/'run.json').read_text()), json.loads((folder/'result.json').read_text())
+    try: return [json.loads((folder/name).read_text(encoding='utf-8')) for name in ('run.json', 'result.json')]
     except (OSError, ValueError): return None, None
 
 
@@ -678,6 +678,8 @@ def _arguments(arguments):
 def _asked(args):
     "(networks, sizes as options of `throughput`): those named, else those of the data set."
     known = size_of(check_choice('data set', args.data_set, data_sets()), {})
+    for name in ('num_classes', 'image_size', 'batch_size', 'num_samples'):
+        if (value := getattr(args, name)) is not None: check_number(name, value, 1, integer=True)
     size = known.of({'image_size': args.image_size})
     return args.networks or [networks_for(size.image_shape)[1]], {
         'num_classes': args.num_classes or size.classes, 'image_shape': size.image_shape,

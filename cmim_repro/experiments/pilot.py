@@ -85,7 +85,7 @@ class Desk:
         "Print a line at once, and append it to the log."
         line = f'{time.strftime("%H:%M:%S")} {text}'
         print(line, flush=True)
-        with open(self.out/'pilot.log', 'a') as file: file.write(line + '\n')
+        with open(self.out/'pilot.log', 'a', encoding='utf-8') as file: file.write(line + '\n')
 
     def left(self): return self.until - time.time() # seconds
 
@@ -126,10 +126,10 @@ def cuda_tests(
     files, target = marked_tests() if files is None else files, desk.out/'cuda_tests.txt'
     if not files: return desk.say('tests: there are no files with tests marked cuda here')
     options = ['-q', '-ra', '--tb=short', '-p', 'no:cacheprovider', '--continue-on-collection-errors']
-    with open(target, 'w') as file:
+    with open(target, 'w', encoding='utf-8') as file:
         status = ended([sys.executable, '-m', 'pytest', '-m', 'cuda', *options, *files], seconds, stdout=file,
                        stderr=subprocess.STDOUT, cwd=project_root())
-    lines = target.read_text(errors='replace').splitlines() or ['nothing was said']
+    lines = target.read_text(errors='replace', encoding='utf-8').splitlines() or ['nothing was said']
     said = f'killed after {seconds:.0f} s' if status is None else f'exit status {status}'
     for line in lines:
         if line.startswith(('FAILED', 'ERROR')): desk.say(f'tests: {line}')
@@ -155,7 +155,7 @@ def add_row(
 ):
     "Append a line to the table of throughput."
     fresh = not Path(path).exists()
-    with open(path, 'a', newline='') as file:
+    with open(path, 'a', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, COLUMNS)
         if fresh: writer.writeheader()
         writer.writerow({name: f'{value:.6g}' if isinstance(value, float) else value for name, value in row.items()})
@@ -166,7 +166,7 @@ def read_rows(
 )->list:
     "Its lines as dictionaries of texts."
     if not Path(path).exists(): return []
-    with open(path, newline='') as file: return list(csv.DictReader(file))
+    with open(path, newline='', encoding='utf-8') as file: return list(csv.DictReader(file))
 
 # %% ../../nbs/experiments/08_pilot.ipynb #033478a6
 def step_rows(
@@ -623,7 +623,7 @@ def report(
     pd.DataFrame(lines).to_csv(desk.out/'results.csv', index=False)
     metrics = [{'run': run.id, **line} for run, _ in pairs for line in store.metrics(run)]
     pd.DataFrame(metrics).to_csv(desk.out/'metrics.csv', index=False)
-    (desk.out/'summary.txt').write_text(summary(desk, lines))
+    (desk.out/'summary.txt').write_text(summary(desk, lines), encoding='utf-8')
     write_archive(desk.out/'results.tar.gz', store, [run for run, _ in pairs])
     desk.say(f'{len(pairs)} runs are finished; see summary.txt')
 

@@ -8,6 +8,7 @@ __all__ = ['PROFILES', 'Profile', 'profile', 'names', 'parse_overrides', 'read_s
 
 # %% ../../nbs/experiments/03_profiles.ipynb #482f3cbe
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
@@ -54,14 +55,30 @@ def names(
 )->list:
     "The names in a parameter."
     if isinstance(text, (list, tuple)): return [str(t) for t in text]
-    return [t for t in str(text or '').replace(',', ' ').split()]
+    return [_bare(part) for part in _pieces(str(text or ''), r',\s')]
 
 
+_QUOTED = r"""("[^"]*"|'[^']*')"""
+
+
+def _pieces(text, between):
+    "Parts of a text between such characters; quotes hold together what is inside."
+    return [part.strip() for part in re.findall(f'(?:{_QUOTED[1:-1]}|[^{between}])+', text) if part.strip()]
+
+
+def _bare(text): return re.sub(_QUOTED, lambda found: found[0][1:-1], text)
+
+
+_WORDS = {'true': True, 'false': False, 'None': None, 'null': None, '~': None}
+
+# %% ../../nbs/experiments/03_profiles.ipynb #a884da6f
 def _value(text):
+    "A number, True, False, None or a text, which it always is in quotes."
+    if (bare := _bare(text)) != text: return bare
     for read in (int, float):
         try: return read(text)
         except ValueError: pass
-    return {'True': True, 'False': False, 'None': None}.get(text, text)
+    return _WORDS.get(text.lower() if text.lower() in ('true', 'false', 'null') else text, text)
 
 
 def parse_overrides(
@@ -70,12 +87,13 @@ def parse_overrides(
     "Overrides as a dictionary from name to value."
     if isinstance(text, Mapping): return dict(text)
     found = {}
-    for part in filter(None, (p.strip() for p in str(text or '').split(','))):
+    for part in _pieces(str(text or ''), ','):
         name, equals, value = part.partition('=')
         if not equals or not name.strip():
             raise Invalid(f'Override {part!r} is not understood; write name=value, with commas between, '
                           'for example epochs=30, cmim.weight=2.')
-        values = [_value(v) for v in value.split()]
+        folder = value.strip().startswith('folder:') # its path may have blanks
+        values = [_bare(value.strip())] if folder else [_value(v) for v in _pieces(value, r'\s')]
         found[name.strip()] = values[0] if len(values) == 1 else values
     return found
 
@@ -88,7 +106,8 @@ def read_seeds(
     listed = isinstance(given, (list, tuple)) or text.startswith(('[', '(')) or ',' in text
     values = [_value(v) for v in names(text.strip('[]() '))]
     values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
-    if not listed and len(values) == 1: return check_number('seeds', values[0], 1, integer=True)
+    if len(values) > 1000: raise Invalid(f'seeds has {len(values)} seeds; name at most 1000.')
+    if not listed and len(values) == 1: return check_number('seeds', values[0], 1, 1000, integer=True)
     found = tuple(check_number('seeds', value, 0, integer=True) for value in values)
     if found and len(set(found)) == len(found): return found
     raise Invalid(f'seeds is {given!r}; it must be a number of seeds, or different ones in a list, [10, 11, 12].')
@@ -98,7 +117,7 @@ def read_spec(
     text: str, # "cmim" or "cmim:weight=8": a method, and options of it
 )->tuple:
     "Its name and its options."
-    name, *given = str(text).split(':')
+    name, *given = re.split('(?<!folder):', str(text)) # a folder's path may follow
     for part in given:
         option, equals, value = part.partition('=')
         if not (option and equals and value):

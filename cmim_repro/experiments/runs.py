@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -22,7 +22,7 @@ from ..attacks.scm import mixture
 from ..core import Invalid, check_choice, check_number
 from ..defenses.core import objective, release
 from ..lab.data.core import dataset, size_of
-from ..lab.models.core import model
+from ..lab.models.core import model, sketch
 from ..lab.training import Recipe
 
 # %% ../../nbs/experiments/01_runs.ipynb #c1646b21
@@ -147,18 +147,61 @@ def make_run(
     run = Run(data, model_name, method, seed, recipe or Recipe(), data_options, model_options, options, teacher)
     return _with_chain(run) if method == 'scm' else run
 
+# %% ../../nbs/experiments/01_runs.ipynb #39029d7c
+_OBJECT = (Mapping, 'an object')
+_SHAPES = {'data': (str, 'a name'), 'model': (str, 'a name'), 'method': (str, 'a name'), 'seed': (int, 'a number'),
+           'recipe': _OBJECT, 'data_options': _OBJECT, 'model_options': _OBJECT, 'options': _OBJECT,
+           'teacher': ((Mapping, type(None)), 'an object or null')}
+_DEEPEST = 64 # teachers of teachers, and more than any chain has
+
+
+def _check_plain(name, value, depth=3):
+    "Refuse numbers that no computer word holds, and what is nested deeper than any option."
+    if isinstance(value, (Mapping, list, tuple)) and depth:
+        for part in value.values() if isinstance(value, Mapping) else value: _check_plain(name, part, depth - 1)
+    elif isinstance(value, (Mapping, list, tuple)): raise Invalid(f'{name} holds lists in lists in lists.')
+    elif isinstance(value, int) and not -2**63 < value < 2**63:
+        raise Invalid(f'{name} holds {str(value)[:20]}...; whole numbers must be below 2**63.')
+    elif isinstance(value, float) and not math.isfinite(value): raise Invalid(f'{name} holds {value}, no number.')
+
+
+def _check_description(description):
+    "Refuse what is no description of a run, in one sentence."
+    if not isinstance(description, Mapping):
+        raise Invalid(f'{str(description)[:40]!r} does not describe a run; a description is an object.')
+    for key in description: check_choice('key of a run', key, _SHAPES)
+    for name, (kinds, words) in _SHAPES.items():
+        if name not in description: raise Invalid(f'the description of a run lacks {name!r}.')
+        value = description[name]
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise Invalid(f'{name} is {str(value)[:40]!r}; in the description of a run it must be {words}.')
+        if name != 'teacher': _check_plain(name, value)
+    check_number('seed', description['seed'], 0, integer=True)
+
+
+def _recipe(numbers):
+    "The recipe of a description."
+    for name in numbers: check_choice('number of a recipe', name, [f.name for f in fields(Recipe)])
+    if not isinstance(numbers.get('milestones', []), (list, tuple)):
+        raise Invalid(f"milestones is {numbers['milestones']!r}; it must be a list of epochs.")
+    return Recipe(**numbers)
+
 # %% ../../nbs/experiments/01_runs.ipynb #bae73e7f
 def run_from_dict(
     description: Mapping, # As `Run.to_dict` gives, or read from run.json
 )->Run:
-    "The run that a description means; unknown or missing keys are `Invalid`."
-    names = [f.name for f in fields(Run)]
-    for key in description: check_choice('key of a run', key, names)
-    missing = [name for name in names if name not in description]
-    if missing: raise Invalid(f'the description of a run lacks {missing[0]!r}.')
-    teacher = description['teacher'] and run_from_dict(description['teacher'])
-    d = {**description, 'recipe': Recipe(**description['recipe']), 'teacher': teacher}
-    return Run(**d)
+    "The run that a description means; a field that is unknown, missing or of another kind is `Invalid`."
+    stages, run = [description], None
+    while isinstance(stages[-1], Mapping) and stages[-1].get('teacher') is not None:
+        stages.append(stages[-1]['teacher'])
+        if len(stages) > _DEEPEST: raise Invalid(f'the description of a run has more than {_DEEPEST} teachers.')
+    for one in reversed(stages):
+        _check_description(one)
+        check_choice('network', one['model'], model.names())
+        check_choice('data set', one['data'], dataset.names())
+        kind_of(one['method'])
+        run = Run(**{**one, 'recipe': _recipe(one['recipe']), 'teacher': run})
+    return run
 
 # %% ../../nbs/experiments/01_runs.ipynb #bca72e83
 def _continues(run):
@@ -213,17 +256,78 @@ def chain_answers(
 _PRETENDED = {'num_classes': 4, 'seed': 0, 'image_shape': (3, 32, 32), 'class_names': ['a', 'b', 'c', 'd'],
               'superclasses': [0, 0, 1, 1], 'wordnet_ids': None, 'train_labels': torch.arange(20_000) % 4,
               'releases': release}
+_LARGEST = 2**20 # of a number of units, layers or steps; a budget counts images
 
 
+def _made(what, make, *args, **options):
+    "What a function makes; whatever it cannot be made with is one sentence."
+    try: return make(*args, **options)
+    except Invalid: raise
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Invalid(f'{what} cannot be made with these options ({reason}).') from error
+
+
+def _check_data(run):
+    "Refuse a part of the data set that is none."
+    given = dataset.options(run.data, **run.data_options)
+    if not dataset.note(run.data, 'labelled', True): raise Invalid(f'{run.data} has no labels to train with.')
+    classes = given.get('classes')
+    if classes is not None and not isinstance(classes, list): check_number('classes', classes, 2, integer=True)
+    if isinstance(classes, list) and len(classes) < 2: raise Invalid(f'classes is {classes}; name two at least.')
+    check_number('held_out', given.get('held_out', 0), 0, 1, open_high=True)
+    check_number('split_seed', given.get('split_seed', 0), 0, integer=True)
+    if 'image_size' in given: check_number('image_size', given['image_size'], 8, 2**12, integer=True)
+    if 'noise' in given: check_number('noise', given['noise'], 0)
+    if dataset.note(run.data, 'size'): return _made(run.data, size_of, run.data, run.data_options)
+
+# %% ../../nbs/experiments/01_runs.ipynb #5f1c7892
+@lru_cache(maxsize=256)
+def _check_network(name, options, num_classes, image_shape):
+    "Refuse a network that cannot be made, without memory for its weights."
+    given = model.options(name, **json.loads(options))
+    for option, value in given.items():
+        if _is_count(value): check_number(option, value, 0, _LARGEST)
+    if not isinstance(given.pop('pretrained', False), bool):
+        raise Invalid(f'pretrained of {name} must be true or false.')
+    _made(name, sketch, name, num_classes=num_classes, image_shape=image_shape, **given)
+
+
+def _is_count(value): return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_teacher(run):
+    "Refuse a run without the teacher that it needs, or with one that it has no use for or cannot ask."
+    needs = run.kind != 'training' or registry_of(run.method).entry(run.method).needs_teacher
+    if needs != (run.teacher is not None):
+        raise Invalid(f'{run.name} {"needs a teacher" if needs else "is trained on its own; it takes no teacher"}.')
+    if run.kind == 'release' and (run.model, run.model_options) != (run.teacher.model, run.teacher.model_options):
+        raise Invalid(f'{run.name} releases what {run.teacher.name} answers, so both must have the same network.')
+    if run.teacher is None: return
+    mine, its = _check_data(run), _check_data(run.teacher)
+    if mine and its and (mine.classes, mine.image_shape) != (its.classes, its.image_shape):
+        raise Invalid(f'{run.name} has {mine.classes} classes of {mine.image_shape}, its teacher {its.classes} of '
+                      f'{its.image_shape}; they must agree.')
+
+# %% ../../nbs/experiments/01_runs.ipynb #755c1f99
 def check_options(
     run: Run, # The run to check
 ):
-    "Make the run's method for a small pretended task; `Invalid` if a name is unknown or a value is out of range."
-    dataset.options(run.data, **run.data_options)
-    model.options(run.model, **run.model_options)
-    registry = registry_of(run.method)
+    "Make the run's network and method for a small pretended task; `Invalid` if they, or its data, cannot be."
+    size, registry = _check_data(run), registry_of(run.method)
+    _check_teacher(run)
+    _check_network(run.model, canonical(run.model_options), *(
+        (size.classes, tuple(size.image_shape)) if size else (100, (3, 32, 32))))
+    for option in registry.options(run.method):
+        if option not in run.options: raise Invalid(f'{run.name} lacks the option {option!r} of {run.method}.')
+        if option != 'budget' and _is_count(run.options[option]): # else it would fill the memory here
+            check_number(option, run.options[option], -_LARGEST, _LARGEST)
     facts = {name: value for name, value in _PRETENDED.items() if name in registry.context(run.method)}
-    registry(run.method, **run.options, **facts)
+    _made(run.method, registry, run.method, **run.options, **facts)
+    if run.options.get('budget') == 1 and run.kind == 'attack': # batch normalisation has no mean of one image
+        raise Invalid('budget is 1; a student needs two images at least.')
+    if run.trains and run.recipe.micro_batch == 1:
+        raise Invalid('micro_batch is 1; batch normalisation needs two images at least.')
     if run.options.get('transfer') == 'train' and run.options['budget']:
         choose_queries(size_of(run.data, run.data_options).train, run.options['budget'])
     if run.method == 'scm' and len(earlier_stages(run)) != run.options['stages'] - 1:

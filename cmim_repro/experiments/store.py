@@ -11,10 +11,13 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import os
 import platform
 import re
 import subprocess
+import warnings
+import zipfile
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,21 +26,29 @@ import filelock
 import safetensors.torch
 import torch
 
-from ..core import Invalid, Unusable, atomic_write, default_store, project_root, usable_cores
+import cmim_repro
+from ..core import Invalid, Unusable, atomic_write, default_store, unreadable, usable_cores
 from .runs import Run, registry_of, run_from_dict
-from ..lab.data.core import dataset
+from ..lab.data.core import dataset, sha256
 from ..lab.models.core import model
 
 # %% ../../nbs/experiments/04_store.ipynb #af99c778
 def revision()->str:
-    "$CMIM_REVISION, else git's, with +changes if files differ from it; 'unknown' outside a checkout."
+    "$CMIM_REVISION, else that of the project's own checkout, with +changes if files differ from it; else 'unknown'."
     if given := os.environ.get('CMIM_REVISION'): return given
+    root = Path(cmim_repro.__file__).resolve().parents[1]
+    if not (root/'.git').exists(): return 'unknown' # installed, or unpacked inside a checkout of something else
     def git(*arguments):
-        return subprocess.run(['git', *arguments], cwd=project_root(), capture_output=True, text=True, timeout=20)
+        return subprocess.run(['git', *arguments], cwd=root, capture_output=True, encoding='utf-8', errors='replace',
+                              timeout=20)
     try:
         head, status = git('rev-parse', '--short=12', 'HEAD'), git('status', '--porcelain', '--', 'cmim_repro')
     except (OSError, subprocess.TimeoutExpired): return 'unknown'
-    if head.returncode: return 'unknown'
+    if head.returncode:
+        said = (head.stderr.strip().splitlines() or ['it gave no reason'])[0]
+        warnings.warn(f'git does not tell the revision ({said}); name it in CMIM_REVISION.', stacklevel=2)
+        return 'unknown'
+    if not git('ls-files', 'cmim_repro/core.py').stdout: return 'unknown' # unpacked at the top of another checkout
     return head.stdout.strip() + ('+changes' if status.stdout.strip() else '')
 
 
@@ -124,29 +135,66 @@ def code_digest(
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
 
 # %% ../../nbs/experiments/04_store.ipynb #be6a2890
-_AGAIN = 'delete its folder and the run is made again'
+_SEAL = ',\n "checksum": "' # before the sum, at the end of a sealed text
+
+
+def _sealed(found):
+    "A mapping as JSON text that ends with its own sum."
+    text = json.dumps(found, indent=1).removesuffix('\n}')
+    return f'{text}{_SEAL}{sha256(text.encode())}"\n}}'
+
+
+def _damaged(path, why):
+    "The error that names a damaged file of a run."
+    return Unusable(f'{path} is damaged ({why}); move its folder out of the store and the run is made again.')
+
+
+def _content(path):
+    "The bytes of a file, or None where there is none; a file that cannot be read is not damaged."
+    try: return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError): return None
+    except (OSError, MemoryError) as error: raise unreadable(path, error) from error
 
 
 def _read(path):
-    "What a JSON file holds, or None where there is none."
-    try: return json.loads(path.read_text())
-    except FileNotFoundError: return None
-    except OSError as error: raise Unusable(f'{path} cannot be read ({error.strerror}).') from error
-    except ValueError as error: raise Unusable(f'{path} is damaged (not JSON); {_AGAIN}.') from error
+    "What a JSON file holds, verified where it is sealed, or None where there is none."
+    if (content := _content(path)) is None: return None
+    try: found, (text, _, end) = json.loads(content), content.rpartition(_SEAL.encode())
+    except ValueError as error: raise _damaged(path, 'not JSON') from error
+    if not isinstance(found, dict): raise _damaged(path, 'not an object')
+    if found.pop('checksum', None) and end != f'{sha256(text)}"\n}}'.encode():
+        raise _damaged(path, 'its checksum does not fit')
+    return found
+
+# %% ../../nbs/experiments/04_store.ipynb #da6117d3
+_PARTS = ('accuracy', 'best_accuracy', 'held_out_accuracy', 'train_accuracy', 'choosing_accuracy', 'judging_accuracy')
+
+
+def _is_number(value, high=math.inf):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= high
+
+
+def _checked(path, found, run):
+    "The content of a result.json or diverged.json, if it can be this run's."
+    if found is None: return None
+    if found.get('id') != run.id: raise _damaged(path, 'it does not belong to the run in its folder')
+    for name in (*_PARTS, 'seconds'):
+        value, high = found.get(name), 1 if name in _PARTS else math.inf
+        if value is not None and not _is_number(value, high): raise _damaged(path, f'{name} is {value!r}')
+    return found
 
 
 def _described(path):
     "The run that a run.json describes."
     description = _read(path)
     try: run = run_from_dict({key: value for key, value in description.items() if key != 'id'})
-    except (Invalid, TypeError, AttributeError) as error:
-        raise Unusable(f'{path} does not describe a run ({error}); delete its folder.') from error
-    if run.id == description['id']: return run
-    raise Unusable(f'{path} was changed: it describes the run {run.id}; delete its folder.')
+    except Invalid as error: raise _damaged(path, f'it does not describe a run: {error}') from error
+    if run.id == description.get('id'): return run
+    raise _damaged(path, f'it was changed and describes the run {run.id}')
 
 # %% ../../nbs/experiments/04_store.ipynb #834b959f
-class StoredRuns:
-    "The runs in a folder, for reading."
+class _Results:
+    "What became of the runs in a folder."
     def __init__(self, root): self.root = Path(root)
 
     def folder(self, run:Run)->Path:
@@ -156,13 +204,14 @@ class StoredRuns:
     def result(self, run:Run):
         "The finished run's result, or None if it is not finished."
         path = self.folder(run)/'result.json'
-        found = _read(path)
-        if found is None or isinstance(found, dict) and found.get('id') == run.id: return found
-        raise Unusable(f'{path} does not belong to the run in its folder; {_AGAIN}.')
+        return _checked(path, _read(path), run)
 
     def diverged(self, run:Run):
         "What diverged.json says, or None."
-        return _read(self.folder(run)/'diverged.json')
+        path = self.folder(run)/'diverged.json'
+        found = _checked(path, _read(path), run)
+        if found is None or isinstance(found.get('sentence'), str): return found
+        raise _damaged(path, 'it has no sentence')
 
     def finished(self, run:Run)->bool:
         "Is there nothing more to do for this run?"
@@ -173,26 +222,54 @@ class StoredRuns:
         found = self.result(run) or self.diverged(run)
         return found is not None and found.get('code') != code_digest(run)
 
+    def recorded(self, run:Run, file:str):
+        "The sum of a file that the run's result has, or None."
+        return ((self.result(run) or {}).get('files') or {}).get(file)
+
+# %% ../../nbs/experiments/04_store.ipynb #3fae388d
+class StoredRuns(_Results):
+    "The runs in a folder, for reading."
     def metrics(self, run:Run)->list:
         "The lines of metrics.jsonl, one for each finished epoch."
         path = self.folder(run)/'metrics.jsonl'
-        try: return [json.loads(line) for line in path.read_text().splitlines()]
-        except FileNotFoundError: return []
-        except ValueError as error: raise Unusable(f'{path} is damaged (not JSON lines); {_AGAIN}.') from error
+        content = _content(path) or b''
+        if self.recorded(run, path.name) not in (None, sha256(content)):
+            raise _damaged(path, 'its checksum does not fit')
+        try: return [json.loads(line) for line in content.splitlines()]
+        except ValueError as error: raise _damaged(path, 'not JSON lines') from error
 
     def runs(self)->list:
         "All runs that were ever started here; a description that does not fit its id is `Unusable`."
         return [_described(path) for path in sorted(self.root.glob('*/run.json'))]
 
 # %% ../../nbs/experiments/04_store.ipynb #c0df1ac0
+def _facts_of(content):
+    "SHA-256 of names, shapes and values in the bytes of a safetensors file, and the id and the sum in its header."
+    length = int.from_bytes(content[:8], 'little')
+    header = json.loads(content[8:8 + length])
+    seal = header.pop('__metadata__', {}).get('seal', '')
+    total = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    total.update(memoryview(content)[8 + length:])
+    return 'sha256:' + total.hexdigest(), seal.split()
+
+
 class StoredTensors(StoredRuns):
     "The runs in a folder with their weights and answers, for reading."
     def tensors(self, run:Run, file:str, device='cpu')->dict:
         "Named tensors that were saved with `save_tensors`; `Unusable` names a missing or damaged file."
         path = self.folder(run)/file
-        try: return {name: value.to(device) for name, value in safetensors.torch.load_file(path).items()}
-        except FileNotFoundError: raise Unusable(f'{path} is missing; {_AGAIN}.') from None
-        except Exception as error: raise Unusable(f'{path} is damaged ({type(error).__name__}); {_AGAIN}.') from error
+        if (content := _content(path)) is None:
+            raise Unusable(f'{path} is missing; move its folder out of the store and the run is made again.')
+        try:
+            total, seal = _facts_of(content)
+            found = safetensors.torch.load(content)
+        except Exception as error: raise unreadable(path, error, _damaged(path, type(error).__name__)) from error
+        if seal[:1] not in ([], [run.id]): raise _damaged(path, f'it belongs to the run {seal[0]}')
+        if seal[1:] not in ([], [total]) or self._recorded_weights(run, file) not in (None, total):
+            raise _damaged(path, 'its checksum does not fit')
+        return {name: value.to(device) for name, value in found.items()}
+
+    def _recorded_weights(self, run, file): return self.recorded(run, file) if file == 'weights.safetensors' else None
 
     def log_probs(self, run:Run, split='test'):
         "Released log-probabilities (N, C) and labels (N,) of a finished run on a split."
@@ -200,41 +277,113 @@ class StoredTensors(StoredRuns):
         if split not in found: raise Invalid(f'{run.name} kept no log-probabilities of split {split!r}.')
         return found[split].float(), found[f'{split}_labels'].long()
 
+# %% ../../nbs/experiments/04_store.ipynb #8218ee31
+def _parts_fit(path):
+    "Do all parts of a checkpoint have their sums?"
+    with zipfile.ZipFile(path) as archive: return archive.testzip() is None
+
+
+def _belongs(state, run):
+    "Does what is counted in a checkpoint fit the run?"
+    epoch, done, history = (state.get(name) for name in ('epoch', 'done', 'history'))
+    if not isinstance(epoch, int) or not 0 <= epoch <= run.recipe.epochs or not isinstance(done, int) or done < 0:
+        return False
+    lines = isinstance(history, list) and [line.get('epoch') for line in history] == list(range(1, epoch + 1))
+    return lines and (state.get('origin') or {}).get('run', run.id) == run.id
+
+
+def _wrong_checkpoint(path, run):
+    "What is wrong with a checkpoint, or None; one that cannot be read is `Unusable`."
+    try:
+        if not _parts_fit(path): return 'its checksum does not fit'
+        if not _belongs(torch.load(path, map_location='cpu', mmap=True, weights_only=True), run):
+            return 'it does not fit the run'
+    except Exception as error:
+        why = unreadable(path, error, f'not a checkpoint: {type(error).__name__}')
+        if isinstance(why, Unusable): raise why from error
+        return why
+
+# %% ../../nbs/experiments/04_store.ipynb #40f964d7
+_KNOWN = inspect.signature(filelock.BaseFileLock.__init__).parameters
+_HARD = {'fallback_to_soft': False} if 'fallback_to_soft' in _KNOWN else {} # older releases have no soft ones
+
+
+class _RunLock(filelock.FileLock):
+    "A file lock; a file system that has none is one sentence."
+    def acquire(self, *args, **options):
+        try: return super().acquire(*args, **options)
+        except filelock.Timeout: raise
+        except (OSError, NotImplementedError) as error:
+            why = getattr(error, 'strerror', None) or 'no locks here'
+            raise Unusable(f'{self.lock_file} cannot be locked ({why}); '
+                           'choose a store of your own on a file system with locks.') from error
+
 # %% ../../nbs/experiments/04_store.ipynb #e40235a1
-class Store(StoredTensors):
-    "Finished and unfinished runs in a folder; safe for several processes."
+_UNFINISHED = ('.run.json', '.metrics.jsonl', '.checkpoint.pt', '.weights.safe', '.log_probs.safe', '.result.json',
+               '.diverged.json') # begin the names of files that were being written
+
+
+class _Held(StoredTensors):
+    "A folder in which runs are started, each by one process at a time."
     def __init__(self,
         root=None, # The folder; None means $CMIM_STORE or data/runs in the checkout
     ):
         super().__init__(root or default_store())
+        self._sums = {} # (id, file) to the sum of the tensors written by this process
+        self._refusal = self._refused()
+        if self._refusal and not self.root.is_dir(): raise Unusable(self._refusal)
+
+    def _refused(self):
+        "The sentence that says why nothing can be written here, or None."
         said = f'The store {self.root} cannot be written ({{}}); name another folder.'
         try: (self.root/'locks').mkdir(parents=True, exist_ok=True)
-        except OSError as error: raise Unusable(said.format(error.strerror)) from error
-        if not os.access(self.root/'locks', os.W_OK): raise Unusable(said.format('no permission'))
+        except (OSError, ValueError) as error: return said.format(getattr(error, 'strerror', None) or error)
+        return None if os.access(self.root/'locks', os.W_OK) else said.format('no permission')
 
     def lock(self, run:Run)->filelock.FileLock:
-        "The lock that whoever computes `run` holds."
-        return filelock.FileLock(self.root/'locks'/f'{run.id}.lock')
+        "The lock that whoever computes `run` holds; `Unusable` for a store that one may only read."
+        if self._refusal: raise Unusable(self._refusal)
+        return _RunLock(self.root/'locks'/f'{run.id}.lock', **_HARD)
 
     def start(self, run:Run)->Path:
-        "Make the run's folder and write its description; returns the folder."
+        "Make the run's folder, without what killed processes left there, and write its description; the folder."
+        for path in self.folder(run).glob('.*'):
+            if path.name.startswith(_UNFINISHED): path.unlink(missing_ok=True)
         atomic_write(self.folder(run)/'run.json', json.dumps({'id': run.id, **run.to_dict()}, indent=1))
         return self.folder(run)
 
+# %% ../../nbs/experiments/04_store.ipynb #86ff9ef6
+class Store(_Held):
+    "Finished and unfinished runs in a folder; safe for several processes."
     def save_tensors(self, run:Run, file:str, tensors:dict):
         "Write named tensors as safetensors."
         plain = {k: v.detach().contiguous().cpu().clone() for k, v in tensors.items()}
-        atomic_write(self.folder(run)/file, safetensors.torch.save(plain))
+        total, _ = _facts_of(safetensors.torch.save(plain))
+        self._sums[run.id, file] = total
+        atomic_write(self.folder(run)/file, safetensors.torch.save(plain, {'seal': f'{run.id} {total}'}))
 
     def finish(self, run:Run, result:dict):
         "Write the result, which makes the run finished, and drop its checkpoint."
-        atomic_write(self.folder(run)/'result.json', json.dumps({'id': run.id, **result}, indent=1))
+        metrics = _content(self.folder(run)/'metrics.jsonl')
+        sums = {'weights.safetensors': self._sums.get((run.id, 'weights.safetensors')),
+                'metrics.jsonl': metrics and sha256(metrics)}
+        files = {name: total for name, total in sums.items() if total}
+        atomic_write(self.folder(run)/'result.json', _sealed({'id': run.id, **result, 'files': files}))
         (self.folder(run)/'checkpoint.pt').unlink(missing_ok=True)
+
+    def check_checkpoint(self, run:Run):
+        "Set a damaged checkpoint aside under another name, with a warning: the run then starts from its beginning."
+        path = self.folder(run)/'checkpoint.pt'
+        if not path.exists() or not (wrong := _wrong_checkpoint(path, run)): return
+        aside = path.with_name(f'checkpoint.pt.damaged-{len(list(path.parent.glob(path.name + ".damaged-*"))) + 1}')
+        os.replace(path, aside)
+        warnings.warn(f'{path} was damaged ({wrong}); it is now {aside.name}, and the run starts from its beginning.',
+                      stacklevel=2)
 
     def give_up(self, run:Run, sentence:str, epoch:int, source:dict):
         "Note that the run's loss stopped being finite."
         found = {'id': run.id, 'sentence': sentence, 'epoch': epoch, **source}
-        atomic_write(self.folder(run)/'diverged.json', json.dumps(found, indent=1))
+        atomic_write(self.folder(run)/'diverged.json', _sealed(found))
 
     def set_aside(self, run:Run):
         "Move what there is of a run below `set_aside`, so that it is made again; nothing is deleted."

@@ -13,19 +13,23 @@ import contextlib
 import json
 import logging
 import os
+import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
 from ..core import Invalid, Unusable, atomic_write, check_number, usable_cores
-from .execution import OWNER, OpenRuns, complaints, execute, settled
+from .execution import COMPUTING, OWNER, OpenRuns, alive, complaints, execute, settled
 from .runs import Plan
 from .store import Store
 from ..lab.training import Settings
@@ -87,7 +91,7 @@ def worker_command(
     changes = ', '.join(f'{name}={value}' for name, value in asdict(settings).items() if name != 'device')
     options = {'--store': store.root, '--limit': limit, '--device': settings.device, '--settings': changes,
                **({'--data-root': root} if root else {})}
-    words = [str(word) for pair in options.items() for word in pair]
+    words = [f'{name}={value}' for name, value in options.items()] # a folder's name may begin with a dash
     return ['-m', 'cmim_repro.experiments.execution', str(file), *words,
             *(['--allow-unverified'] if allow_unverified else [])]
 
@@ -102,45 +106,92 @@ def torchrun_command(
     return [*launcher, *worker_command(*words, **options)]
 
 # %% ../../nbs/experiments/06_workers.ipynb #6d321017
-def _failure(child, log):
-    "The sentence of a child that has failed, or None."
-    if child.poll() in (None, 0): return None
-    log.seek(0)
-    lines = log.read().strip().splitlines() or [f'a worker ended with code {child.returncode}']
-    return next((line for line in lines if line.startswith('error: ')), lines[-1]).removeprefix('error: ')
+class _Log:
+    "What a process that works on a plan has said, and how it has ended."
+    def said(self): return self.log.read_bytes()[self.begin:].decode('utf-8', 'replace').strip().splitlines()
+
+    def signal(self):
+        "Name of the signal that has ended it, or one of a launcher's own children; else None."
+        told = re.findall(r'Signal (\d+) \(SIG', '\n'.join(self.said()))
+        number = -self.process.returncode if self.process.returncode < 0 else int(told[0]) if told else 0
+        return signal.Signals(number).name if number else None
+
+    def told(self, end):
+        "The sentence about an end that nobody wanted."
+        runs = [line.removeprefix(COMPUTING) for line in self.said() if line.startswith(COMPUTING)]
+        return f'A worker ended {end} while it computed {runs[-1] if runs else "nothing yet"}; its log is {self.log}.'
+
+    def refusal(self):
+        "The sentence of one that has failed by itself."
+        lines = self.said()
+        if refused := [line for line in lines if line.startswith('error: ')]: return refused[0].removeprefix('error: ')
+        spoken = [line for line in lines if line.strip('=- ') and not line.startswith(('[', COMPUTING))]
+        return self.told(f'with {spoken[-1] if spoken else f"code {self.process.returncode}"!r}')
+
+# %% ../../nbs/experiments/06_workers.ipynb #7ede094a
+_TRIES = 3 # times that a child is started again
 
 
+class _Child(_Log):
+    "A process that works on a plan, and its log."
+    def __init__(self, command, log):
+        self.command, self.log, self.deaths = command, log, 0
+        self.start()
+
+    def start(self):
+        with self.log.open('ab') as file:
+            self.begin = file.tell()
+            self.process = subprocess.Popen([sys.executable, *self.command], stdout=file, stderr=file,
+                                            env={**os.environ, OWNER: str(os.getpid())})
+
+    def works(self):
+        "Does it go on, perhaps because it was started again? `Unusable` if it has failed."
+        if self.process.poll() in (None, 0): return self.process.returncode is None
+        if not (name := self.signal()): raise Unusable(self.refusal())
+        self.deaths += 1
+        if self.deaths > _TRIES: return False
+        again = f'It goes on from its last checkpoint (try {self.deaths} of {_TRIES}).'
+        warnings.warn(f'{self.told(f"by {name}")} {again}', stacklevel=2)
+        self.start()
+        return True
+
+# %% ../../nbs/experiments/06_workers.ipynb #98e6cc9a
 def _end(children, patience=30):
     "Ask the children to end, and kill those that have not after a while."
-    for child in children:
-        if child.poll() is None: child.terminate()
+    processes = [child.process for child in children]
+    for process in processes:
+        if process.poll() is None: process.terminate()
     until = time.monotonic() + patience
-    for child in children:
-        try: child.wait(max(0, until - time.monotonic()))
-        except subprocess.TimeoutExpired: child.kill(); child.wait()
+    for process in processes:
+        try: process.wait(max(0, until - time.monotonic()))
+        except subprocess.TimeoutExpired: process.kill(); process.wait()
+
+
+def _own_name(): return f'{platform.node()}-{os.getpid()}-{time.monotonic_ns()}'
 
 
 def run_children(
     command: list, # What each child runs, without the interpreter's name
     count: int, # How many children
-    folder, # Where their outputs are kept meanwhile
+    folder, # Where their logs are kept
     look, # Called now and then for progress, with True when all have ended
     pause=2., # Seconds between two looks
 ):
     "Start children and wait until all have ended; `Unusable` has the sentence of one that failed."
+    children, name = [], _own_name()
     with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(tempfile.TemporaryFile('w+', dir=folder)) for _ in range(count)]
-        children = []
         stack.callback(_end, children)
-        own = {**os.environ, OWNER: str(os.getpid())}
-        for log in logs: children.append(subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=own))
+        for i in range(count): children.append(_Child(command, Path(folder)/f'{name}-{i}.log'))
         running = True
         while running:
             time.sleep(pause)
-            running = any([child.poll() is None for child in children])
+            running = any([child.works() for child in children])
             look(not running)
-            for child, log in zip(children, logs, strict=True):
-                if sentence := _failure(child, log): raise Unusable(sentence)
+        if all(child.process.returncode for child in children):
+            child = children[0]
+            raise Unusable(child.told(f'by {child.signal()} {child.deaths} times, the last time'))
+    for child in children:
+        if not child.deaths: child.log.unlink()
 
 # %% ../../nbs/experiments/06_workers.ipynb #a729ad8b
 def _look(plan, store, progress, workers=None):
@@ -158,10 +209,19 @@ def _look(plan, store, progress, workers=None):
 @contextlib.contextmanager
 def _plan_file(plan, store):
     "The plan as a file beside the store, while it is needed."
-    file = store.root/'plans'/f'{os.getpid()}-{time.monotonic_ns()}.json'
+    file = store.root.absolute()/'plans'/f'{_own_name()}.json'
+    _sweep(file.parent)
     atomic_write(file, json.dumps([run.to_dict() for run in plan.runs]))
     try: yield file
-    finally: file.unlink()
+    finally: file.unlink(missing_ok=True)
+
+
+def _sweep(folder, days=7):
+    "Remove plans of processes of this machine that have ended, and what is older than a week."
+    for path in folder.glob('*.*'):
+        owner = re.fullmatch(rf'{re.escape(platform.node())}-(\d+)-\d+\.json', path.name)
+        with contextlib.suppress(OSError): # somebody else's, or another was faster
+            if owner and not alive(int(owner[1])) or time.time() - path.stat().st_mtime > 86400*days: path.unlink()
 
 # %% ../../nbs/experiments/06_workers.ipynb #ea44c51a
 def execute_in_processes(
@@ -337,7 +397,7 @@ def local_client(
     import dask
     specification = {i: {'cls': d.Nanny, 'options': options}
                      for i, options in enumerate(worker_options(workers, settings))}
-    scheduler = {'cls': d.Scheduler, 'options': {'host': '127.0.0.1', 'port': 0, 'dashboard_address': ':0'}}
+    scheduler = {'cls': d.Scheduler, 'options': {'host': '127.0.0.1', 'port': 0, 'dashboard_address': '127.0.0.1:0'}}
     with dask.config.set(_PATIENCE), d.SpecCluster(specification, scheduler, silence_logs=logging.ERROR) as cluster, \
             d.Client(cluster) as client: yield client # workers start when the cluster is made
 

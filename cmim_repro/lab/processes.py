@@ -35,7 +35,8 @@ def join_processes(
     hours: float=2., # Longest wait for the others
 ):
     "Join the processes that torchrun started with this one; without torchrun, nothing."
-    if int(os.environ.get('WORLD_SIZE', 1)) < 2 or dist.is_initialized(): return
+    if 'TORCHELASTIC_RUN_ID' not in os.environ or dist.is_initialized(): return # WORLD_SIZE may be a queue's
+    if int(os.environ['WORLD_SIZE']) < 2: return
     if device.type == 'cuda': torch.cuda.set_device(device)
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=hours))
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, keyed_seed
+from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, keyed_seed, unreadable
 from .capture import Captured, Lane
 from .fused import Teams
 from .losses import Loss
@@ -559,8 +559,9 @@ class Checkpoint:
             except Unusable: raise
             except OSError as error: raise Unusable(f'{path} cannot be read ({error.strerror}).') from error
             except Exception as error:
-                raise Unusable(f'{path} is damaged or belongs to another run ({type(error).__name__}); '
-                               'delete it and the run starts from its beginning.') from error
+                raise unreadable(path, error, Unusable(
+                    f'{path} is damaged or belongs to another run ({type(error).__name__}); move it elsewhere and the '
+                    'run starts from its beginning.')) from error
         lines = ''.join(json.dumps(line) + '\n' for line in self.learner.history)
         if self.writes: atomic_write(self.folder/'metrics.jsonl', lines)
 

@@ -8,6 +8,7 @@ __all__ = ['FOLDERS', 'HOW', 'OR_NAMES', 'NARROWING', 'TOLD', 'notebook_of', 'de
 
 # %% ../../nbs/report/09_exhibit.ipynb #4ee9ae34
 import ast
+import contextlib
 import inspect
 import json
 import math
@@ -20,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
+import torch
 from IPython.display import HTML, Markdown, display
 
 from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, project_root
@@ -32,7 +34,7 @@ from ..experiments.runs import Plan
 from ..experiments.store import Store
 from .figures import Picture, save_picture
 from .formats import Table, html_table, save_table
-from .models import tuned
+from .models import confused_classes, tuned
 from .paper import mark_note, our_label, printed_table, reconstructed
 from .paper_audit import findings
 from .results import chosen, provenance_note, results_frame, rule_note, verdicts
@@ -77,7 +79,12 @@ def _number(name, text, whole):
 
 def _text(value):
     if isinstance(value, Mapping): return ', '.join(f'{k}={_text(v).replace(", ", " ")}' for k, v in value.items())
-    return ', '.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value).strip()
+    return ', '.join(map(_quoted, value)) if isinstance(value, (list, tuple)) else str(value).strip()
+
+
+def _quoted(item):
+    "An item of a list as text, in quotes where it would be taken apart again."
+    return f'"{item}"' if isinstance(item, str) and re.search(r'[,\s]', item) else str(item)
 
 
 def read_value(
@@ -87,7 +94,8 @@ def read_value(
 ):
     "The value of a parameter in the kind of its default; `Invalid` if it cannot be read so."
     text = '' if value is None else _text(value)
-    if text in ('', 'None'): return default
+    if text in ('', 'None', 'null') or text == '~' and name not in FOLDERS: return default
+    if '\0' in text: raise Invalid(f'{name} is {text!r}; it must be a text without zeros.')
     if isinstance(default, bool):
         if text.lower() in _SWITCH: return _SWITCH[text.lower()]
         if name in OR_NAMES: return text
@@ -236,6 +244,19 @@ def _renew(plan, store):
     text = f"{len(outdated)} runs of the store were made by other code than today's and are made again."
     if outdated: tell(text, f'<p>{text}</p>')
 
+# %% ../../nbs/report/09_exhibit.ipynb #3b34f0d8
+def _check_end(folder, parameters, runs, load):
+    "Find out before anything is computed whether the result can be written, and drawn as it was asked for."
+    probe, new = folder/'.writable', not folder.exists()
+    atomic_write(probe, '')
+    probe.unlink(missing_ok=True)
+    with contextlib.suppress(OSError): # nothing is there before the result is, unless another process was faster
+        if new: folder.rmdir()
+    if not (asked := parameters.get('simplex_classes') or parameters.get('classes')): return
+    for run in runs.values():
+        names = list(map(str, load(run).class_names))
+        confused_classes(torch.zeros(1, len(names)), torch.zeros(1), asked, names)
+
 # %% ../../nbs/report/09_exhibit.ipynb #5ccdc3cf
 class Planned(Given):
     "Finds out what must be run, shows it, and has it computed."
@@ -263,6 +284,7 @@ class Planned(Given):
         "Show the plan and compute what the store lacks."
         self.plan(entries)
         if self.plan_only: return
+        _check_end(self.folder, self.parameters, {e.data: e.run for e in self.entries}, self.load)
         p = self.parameters
         count = process_count(p['workers'], p['executor'], self.profile)
         complaints = compute(self._plan, self.store, p['executor'], count, self.settings, root=p['data_root'] or None,

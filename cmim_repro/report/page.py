@@ -27,6 +27,7 @@ from urllib.parse import quote
 import mistune
 
 from ..core import Invalid, Unusable, atomic_write, check_choice, project_root
+from ..experiments.execution import alive
 from .exhibit import TOLD, declared
 from .formats import render
 
@@ -38,7 +39,7 @@ def read_notebook(
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: return None
     except ValueError as error:
-        raise Unusable(f'{path} is damaged (not JSON); delete it and run its notebook again.') from error
+        raise Unusable(f'{path} is damaged (not JSON); move it elsewhere and run its notebook again.') from error
 
 
 def _rank(name):
@@ -137,6 +138,9 @@ def _execute(source, copy, parameters, tell):
                                kernel_manager_class=Manager, extra_arguments=['--log-level=CRITICAL'])
 
 # %% ../../nbs/report/10_page.ipynb #8adcb6ae
+_COPIES = 'cmim-notebook-' # begins the names of folders of notebooks that are being executed
+
+
 def draw(
     source, # Notebook of an exhibit
     place, # Where its executed copy goes
@@ -145,7 +149,10 @@ def draw(
 )->str:
     "Run a notebook and keep its executed copy; '' if it ended well, else the sentence that it ended with."
     place, started = Path(place), time.monotonic()
-    folder = Path(tempfile.mkdtemp(prefix='cmim-notebook-'))
+    for left in Path(tempfile.gettempdir()).glob(f'{_COPIES}*'): # by processes that were killed
+        owner = re.match(rf'{_COPIES}(\d+)-', left.name)
+        if owner and not alive(int(owner[1])): shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f'{_COPIES}{os.getpid()}-'))
     copy, mark, sentence = folder/place.name, place.with_suffix('.failed'), ''
     atomic_write(mark, 'It did not come to its end.\n')
     try: _execute(str(source), str(copy), parameters, tell)
@@ -240,22 +247,36 @@ def to_page(
 def _href(path, home): return quote(os.path.relpath(path, home).replace(os.sep, '/'))
 
 
+_TAG = re.compile(r'</?(?:table|caption|thead|tbody|tr|th|td|span)'
+                  r'(?: (?:class|scope|colspan|role|aria-label)="[^"<>]*")*>')
+
+
+def _tame(text):
+    "HTML of a table in which everything but a table's own tags is shown, not obeyed."
+    tags, between = _TAG.findall(text), _TAG.split(text)
+    shown = [part.replace('<', '&lt;').replace('>', '&gt;') for part in between]
+    return ''.join(part + tag for part, tag in zip(shown, [*tags, ''], strict=True))
+
+
+def _title(text): return re.sub('<[^>]*>', '', text).replace('<', '&lt;').replace('"', '&quot;')
+
+# %% ../../nbs/report/10_page.ipynb #5993bab2
 def table_parts(
     files: dict, # Suffix to path
 )->dict:
     "Title, `<table>` and note of a saved table, as HTML; empty where there is no table."
     if 'html' in files:
-        text = files['html'].read_text()
+        text = files['html'].read_text(encoding='utf-8')
         found = re.search(r'<table><caption>(.*?)</caption>(.*?</table>)', text, re.S)
         note = re.search(r'<p class="note">(.*?)</p>', text, re.S)
         if not found: return {}
-        return {'title': found[1], 'table': f'<table>{found[2]}',
+        return {'title': _title(found[1]), 'table': f'<table>{_tame(found[2])}',
                 'note': to_page(html.unescape(note[1])) if note else ''}
     if 'md' not in files: return {}
-    page = to_page(files['md'].read_text()).split('</table>')
+    page = to_page(files['md'].read_text(encoding='utf-8')).split('</table>')
     if '<table>' not in page[0]: return {}
     title, table = page[0].split('<table>')
-    return {'title': re.sub('<[^>]+>', '', title), 'table': f'<table class="plain">{table}</table>',
+    return {'title': _title(title), 'table': f'<table class="plain">{table}</table>',
             'note': page[-1].strip()}
 
 
@@ -265,7 +286,7 @@ def _parts(found, home):
     for stem, files in found.items():
         path = files.get('svg') or files.get('png')
         if path:
-            note = to_page(files['provenance.txt'].read_text()) if 'provenance.txt' in files else ''
+            note = to_page(files['provenance.txt'].read_text(encoding='utf-8')) if 'provenance.txt' in files else ''
             live = _href(files['html'], home) if 'html' in files else ''
             parts.append({'stem': stem, 'picture': _href(path, home), 'note': note, 'live': live})
         elif table := table_parts(files): parts.append({'stem': stem, **table})
@@ -290,7 +311,7 @@ def executed_copy(
     path = Path(executed)/shelf.profile/f'run_{name}.ipynb'
     mark = path.with_suffix('.failed')
     if shelf.committed: return None, ''
-    return path if path.exists() else None, mark.read_text().strip() if mark.exists() else ''
+    return path if path.exists() else None, mark.read_text(encoding='utf-8').strip() if mark.exists() else ''
 
 
 def _answer(path):
@@ -373,6 +394,7 @@ def main(arguments=None):
     args = _arguments(arguments)
     figures, places = Path(args.figures or project_root()/'figures').resolve(), exhibits(project_root()/'nbs')
     try:
+        if not places: raise Unusable(f"{project_root()/'nbs'} holds no tables and figures; run inside a checkout.")
         if args.name: return 1 if _run(args, figures, places) else 0
         print(f'Page: {write_page(figures)}')
     except Invalid as error:

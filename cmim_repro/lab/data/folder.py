@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import ImageOps
 
-from ...core import Invalid, Unusable, check_choice, check_number, download_folder, keyed_generator
+from ...core import (Invalid, Unusable, check_choice, check_number, download_folder, keyed_generator,
+                             usable_cores)
 from .core import (Crop, Facts, Flip, TensorDataSet, chosen_classes, chosen_samples, dataset,
                                       folders_in, images_in, listing_sum, open_image, read_file, relabelled, sha256)
 
@@ -27,7 +28,7 @@ def _fitted(path, shape):
 
 def _loaded(root, names, shape):
     "Images (N, ch, H, W), and one sum of their names and files."
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(min(16, usable_cores())) as pool:
         images, sums = zip(*pool.map(lambda name: _fitted(Path(root)/name, shape), names), strict=True)
     return torch.stack(images), listing_sum(f'{name} {found}' for name, found in zip(names, sums, strict=True))
 

@@ -8,8 +8,10 @@ __all__ = ['image_transform', 'with_seed', 'default_workers', 'StreamedDataSet',
 # %% ../../../nbs/lab/data/04_imagenet.ipynb #5b589222
 import contextlib
 import os
+import re
 import signal
 import threading
+import time
 from functools import cached_property
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from ...core import Unusable, check_number, download_folder, keyed_seed, usable_cores
+from ...core import Unusable, check_number, download_folder, keyed_seed, unreadable, usable_cores
 from .core import (DataSet, Facts, Size, batch_places, chosen_classes, chosen_samples, dataset,
                                       folders_in, images_in, listing_sum, open_image, rank_share, relabelled)
 
@@ -78,17 +80,29 @@ def _own_signals():
 _LOST = (ConnectionError, EOFError, FileNotFoundError) # what a tensor's way from a worker ends in that is just dying
 
 
+_LONGEST = 600 # seconds that a batch may take
+
+
+def _next(batches):
+    "The next batch or None, in short waits: after each, torch looks whether a worker has died."
+    until = time.monotonic() + _LONGEST
+    while True:
+        try: return next(batches, None)
+        except RuntimeError as error:
+            if 'DataLoader timed out' not in str(error) or time.monotonic() > until: raise
+
+
 def _watched(loader):
     "The loader's batches; a worker that has died is one sentence."
     try:
         with _own_signals(): batches = iter(loader)
-        yield from batches
+        while (images := _next(batches)) is not None: yield images
     except (RuntimeError, *_LOST) as error:
-        lost = isinstance(error, _LOST) or 'DataLoader worker (pid' in str(error)
+        lost = isinstance(error, _LOST) or re.search(r'DataLoader (worker \(pid|timed out)', str(error))
         if not lost or str(error).startswith('Caught '): raise # an error of the worker's own
-        raise Unusable('A process that reads images for this one was ended from outside, most often because the '
-                       'memory, or the shared memory in /dev/shm, was full; free some, or read with fewer workers, '
-                       'and start again.') from error
+        raise Unusable('A process that reads images for this one was ended from outside, or gave none for '
+                       f'{_LONGEST/60:g} minutes, most often because the memory, or the shared memory in /dev/shm, was '
+                       'full; free some, or read with fewer workers, and start again.') from error
 
 
 def _read(files, batches, workers, device):
@@ -96,7 +110,7 @@ def _read(files, batches, workers, device):
     workers = min(workers, len(batches)) if sum(map(len, batches)) > 32 else 0
     loader = DataLoader(files, batch_sampler=batches, collate_fn=_stacked, num_workers=workers,
                         prefetch_factor=4 if workers else None, pin_memory=device.type == 'cuda',
-                        generator=torch.Generator())
+                        generator=torch.Generator(), timeout=5 if workers else 0)
     with contextlib.closing(_watched(loader)) as decoded: # else a kept traceback keeps the workers
         for images in decoded:
             if isinstance(images, str): raise Unusable(images)
@@ -174,12 +188,13 @@ def _meta_names(path):
     "WordNet id to name, out of the file that torchvision keeps."
     try: return {wnid: words[0] for wnid, words in torch.load(path, weights_only=True)[0].items()}
     except Exception as error:
-        raise Unusable(f'{path} is damaged ({type(error).__name__}); remove it, torchvision makes it again.') from error
+        raise unreadable(path, error, Unusable(f'{path} is damaged ({type(error).__name__}); replace it, or move it '
+                                               'elsewhere: torchvision makes it again.')) from error
 
 
 def _listed_names(path):
     "WordNet id to the first name, out of lines `wnid names`."
-    lines = [line.split(None, 1) for line in path.read_text(errors='replace').splitlines()]
+    lines = [line.split(None, 1) for line in path.read_text(errors='replace', encoding='utf-8').splitlines()]
     return {line[0]: line[1].split(',')[0].strip() for line in lines if len(line) == 2}
 
 

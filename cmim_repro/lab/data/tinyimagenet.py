@@ -10,13 +10,16 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import warnings
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from ...core import Unusable, atomic_write, download_folder, usable_cores
 from .core import (Crop, Facts, Flip, Rotation, Size, dataset, fetch, folders_in, images_in,
@@ -32,20 +35,54 @@ def _located(root, download):
     "The folder with wnids.txt."
     if root is None:
         folder = download_folder() / _FOLDER
-        present = lambda: (folder / 'wnids.txt').exists()
-        if download and not present(): fetch(_URL, _ARCHIVE, _MD5, folder.parent, present)
+        if download and not (folder / 'wnids.txt').exists(): _fetch_whole(folder)
     else: folder = Path(root) / _FOLDER if (Path(root) / _FOLDER).exists() else Path(root)
     if (folder / 'wnids.txt').is_file(): return folder
     raise Unusable(f'{folder} has no wnids.txt; TinyImageNet is a folder {_FOLDER} with wnids.txt, words.txt, '
                    'train and val.')
 
 
-def _verified(folder):
-    "Is the published archive still beside the folder that was unpacked from it?"
+def _listed(archive, folder):
+    "Path in `folder` to number of bytes of every file in an archive."
+    try:
+        with zipfile.ZipFile(archive) as found: entries = [entry for entry in found.infolist() if not entry.is_dir()]
+    except (OSError, zipfile.BadZipFile) as error: raise Unusable(f'{archive} cannot be read ({error}).') from error
+    return {folder / entry.filename: entry.file_size for entry in entries}
+
+# %% ../../../nbs/lab/data/03_tinyimagenet.ipynb #6e88772f
+def _fetch_whole(folder):
+    "Download and unpack beside; the folder gets its name when every file is there."
+    archive, beside = folder.parent / _ARCHIVE, folder.parent / f'.{_FOLDER}.part'
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        with FileLock(str(folder.parent / f'.{_FOLDER}.lock')):
+            if (folder / 'wnids.txt').exists(): return # another process was faster
+            if archive.exists(): os.replace(archive, beside / _ARCHIVE)
+            fetch(_URL, _ARCHIVE, _MD5, beside, lambda: False)
+            for path, size in _listed(beside / _ARCHIVE, beside).items():
+                if not path.is_file() or path.stat().st_size != size:
+                    raise Unusable(f'{path} was not unpacked whole; free some space and start again.')
+            os.replace(beside / _ARCHIVE, archive)
+            os.replace(beside / _FOLDER, folder)
+            shutil.rmtree(beside, ignore_errors=True)
+    except OSError as error:
+        if isinstance(error, Unusable): raise
+        raise Unusable(f'{folder} cannot be made ({error.strerror}).') from error
+
+
+def _verified(folder, names):
+    "Is the published archive beside the folder that was unpacked from it, with these images and no others?"
     archive = folder.parent / _ARCHIVE
     if not archive.is_file(): return False
     with archive.open('rb') as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == _MD5
+        if hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() != _MD5: return False
+    published = {path: size for path, size in _listed(archive, folder.parent).items() if _is_used(path, folder)}
+    return published == {path: path.stat().st_size for path in map(folder.joinpath, names)}
+
+
+def _is_used(path, folder):
+    "Is it a training or validation image? Those of the test set have no labels."
+    return path.suffix == '.JPEG' and path.relative_to(folder).parts[0] in ('train', 'val')
 
 # %% ../../../nbs/lab/data/03_tinyimagenet.ipynb #f1518619
 def _text(path):
@@ -165,6 +202,7 @@ def tinyimagenet(
         array, sums[part] = cached_images(folder, paths, download_folder() / 'cache')
         images[part], labels[part] = torch.from_numpy(array), torch.tensor(classes_of)
     facts = Facts('tinyimagenet', names, (.4802, .4481, .3975), (.2302, .2265, .2262),
-                  (Rotation(20), Crop(8, 'edge'), Flip()), wordnet_ids=wnids, checksum=sums, verified=_verified(folder))
+                  (Rotation(20), Crop(8, 'edge'), Flip()), wordnet_ids=wnids, checksum=sums,
+                  verified=_verified(folder, [name for listed in files.values() for name, _ in listed]))
     return tensor_data_set(facts, images, labels, classes=classes, per_class=per_class, test_per_class=test_per_class,
                            held_out=held_out, split_seed=split_seed, device=device)

@@ -6,6 +6,12 @@
 __all__ = ['WEIGHTS']
 
 # %% ../../../nbs/lab/models/10_imagenet.ipynb #77c85d5c
+import hashlib
+import pickle
+from pathlib import Path
+
+import torch
+
 from ...core import Invalid, Unusable
 from .core import network
 
@@ -13,14 +19,32 @@ from .core import network
 WEIGHTS = 'IMAGENET1K_V1'
 
 
+def _published(url):
+    "The file of published weights, whose name ends with the first digits of its SHA-256."
+    path = Path(torch.hub.get_dir())/'checkpoints'/url.rpartition('/')[2]
+    wanted = path.stem.rpartition('-')[2]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=wanted, progress=False)
+    with path.open('rb') as file: found = hashlib.file_digest(file, 'sha256').hexdigest()
+    if found.startswith(wanted): return path
+    raise Unusable(f'{path} has the SHA-256 {found[:len(wanted)]}..., not the {wanted} of its name; move it elsewhere '
+                   f'and fetch {url} again.')
+
+
 def _pretrained(name, num_classes):
     if num_classes != 1000:
         raise Invalid(f'num_classes is {num_classes}; the published weights of {name!r} have 1000 classes.')
     import torchvision
-    try: return torchvision.models.get_model(name, weights=WEIGHTS, progress=False)
-    except (OSError, RuntimeError) as error:
-        url = torchvision.models.get_model_weights(name)[WEIGHTS].url
-        raise Unusable(f'The weights of {name!r} cannot be loaded ({error}); fetch {url} '
+    url = torchvision.models.get_model_weights(name)[WEIGHTS].url
+    try:
+        weights = torch.load(_published(url), map_location='cpu', weights_only=True)
+        network = torchvision.models.get_model(name, weights=None)
+        network.load_state_dict(weights)
+        return network
+    except Unusable: raise
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise Unusable(f'The weights of {name!r} cannot be loaded ({str(error).splitlines()[0]}); fetch {url} '
                        'into the folder checkpoints of torch.hub.get_dir().') from error
 
 # %% ../../../nbs/lab/models/10_imagenet.ipynb #5134b2af
