@@ -11,7 +11,7 @@ from importlib import import_module
 
 # %% ../nbs/01_commands.ipynb #2678d744
 COMMANDS = {
-    'audit': ('audits.report', 'what the answers of your own classifier give away, from a file of answers'),
+    'audit': ('audits.verdict', 'what your own classifier gives away: from a file of answers, or by training students'),
     'run': ('report.page', 'the notebook of a table or figure, with its results: run table1 --profile quick'),
     'gallery': ('report.page', 'write the page of all tables and figures again, figures/index.html'),
     'plan': ('report.plan', 'write the runs of a table or figure as PLAN.json, for compute or torchrun'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALPHAS', 'KEPT', 'SMALL', 'UNTESTED', 'TRAIN', 'image_shares', 'interval', 'curve_frame', 'calibration_error',
-           'quality', 'changed_answers', 'remaining', 'class_frame', 'Audit', 'parts_of', 'audit']
+           'quality', 'changed_answers', 'remaining', 'class_frame', 'Students', 'Audit', 'parts_of', 'audit']
 
 # %% ../../nbs/audits/02_measures.ipynb #ded649ff
 import math
@@ -202,8 +202,17 @@ UNTESTED = ('No student was trained on the answers, so no verdict follows: CMI b
 
 
 @dataclass(frozen=True)
+class Students:
+    "What students that were trained on the answers show."
+    table: pd.DataFrame # A line for each attack: seeds, gain in points, its interval, corrected p
+    facts: dict # Name to number or text: seeds, query budget, data budget, ...
+    said: list # Sentences made from them
+    untested: list # Sentences on what no student was trained for
+
+
+@dataclass(frozen=True)
 class Audit:
-    "What answers give away, measured without training."
+    "What answers give away, measured without training, and what students say where some were trained."
     answers: Answers # Those that were measured: images that were not trained on, where a split says so
     curves: dict # Name of a part to its CMI at each power, as `curve_frame`
     classes: pd.DataFrame # As `class_frame`
@@ -212,6 +221,7 @@ class Audit:
     parts: dict # Name of a part to its summary, where a split was given
     verdict: str = 'undecided'
     reason: str = UNTESTED
+    students: Students|None = None
 
 # %% ../../nbs/audits/02_measures.ipynb #3517e60b
 TRAIN = ('train', 'training')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POINTS', 'LONGEST', 'VERDICTS', 'findings', 'untested', 'to_json', 'curve_figure', 'slider_page', 'to_html',
-           'write_report', 'failures', 'main']
+           'write_report', 'read_conditions', 'failures', 'main']
 
 # %% ../../nbs/audits/03_report.ipynb #3ea1910f
 import io
@@ -34,7 +34,8 @@ def findings(
     "Sentences made from its numbers."
     s, left = found.summary, found.remaining
     end = ', the end of the range' if s['at alpha'] == found.curves[next(iter(found.curves))]['alpha'].max() else ''
-    said = [f"CMI is {s['CMI']:.3g} nats at power 1; corrected for the number of images {s['CMI low']:.3g} to "
+    said = list(found.students.said) if found.students else []
+    said += [f"CMI is {s['CMI']:.3g} nats at power 1; corrected for the number of images {s['CMI low']:.3g} to "
             f"{s['CMI high']:.3g} (95 %). The largest, {s['largest CMI']:.3g}, is at power {s['at alpha']:g}{end}.",
             f"Given the class that was predicted it is {s['CMI given the predicted class']:.3g} nats: what answers "
             'with one top-1 still tell about their images.']
@@ -56,9 +57,10 @@ def untested(
 )->list:
     "Sentences on what the audit did not look at."
     few = found.classes[found.classes['images'] < 20]
-    said = ['Query budget and data budget of a thief: no student was trained, on any number of answers or images.',
-            'Answers to images other than those in the file, and answers that change when they are asked for again.']
-    if 'train' not in found.parts: said.append('Training images against others: the file names no training images.')
+    said = ['Query budget and data budget of a thief: no student was trained, on any number of answers or images.']
+    if found.students: said = list(found.students.untested)
+    said.append('Answers to images other than those given, and answers that change when they are asked for again.')
+    if 'train' not in found.parts: said.append('Training images against others: no image is named as trained on.')
     missing = found.summary['classes'] - len(found.classes)
     if missing: said.append(f'{missing} of {found.summary["classes"]} classes have no image.')
     if len(few): said.append(f'{len(few)} classes have fewer than 20 images; their CMI is rough.')
@@ -73,6 +75,7 @@ def _plain(value):
 
 
 def _lines(frame): return frame.to_dict('records')
+def _of_students(students): return students and {**students.facts, 'attacks': _lines(students.table)}
 
 
 def to_json(
@@ -81,7 +84,7 @@ def to_json(
     "The audit as JSON, for machines."
     facts = {'source': found.answers.source, 'given as': found.answers.kind, 'verdict': found.verdict,
              'reason': found.reason, 'findings': findings(found), 'not tested': untested(found),
-             'summary': found.summary, 'parts': found.parts,
+             'summary': found.summary, 'parts': found.parts, 'students': _of_students(found.students),
              'cmi': {name: _lines(frame) for name, frame in found.curves.items()},
              'remaining': _lines(found.remaining.reset_index(names='answers')), 'classes': _lines(found.classes)}
     return json.dumps(_plain(facts), indent=1, allow_nan=False, ensure_ascii=False) + '\n'
@@ -142,12 +145,14 @@ def to_html(
 )->str:
     "The audit as one page of HTML that needs no other file and no network."
     s, source = found.summary, found.answers.source
-    about = (f"{s['images']:,} images, {s['classes']:,} classes, given as {found.answers.kind}. No student was "
-             'trained: these are measures of the answers alone.')
+    about = f"{s['images']:,} images, {s['classes']:,} classes, given as {found.answers.kind}."
+    if not found.students: about += ' No student was trained: these are measures of the answers alone.'
+    students = found.students.table if found.students else None
     shown = f'The {LONGEST} first of {len(found.classes)}.' if len(found.classes) > LONGEST else ''
     numbers = pd.DataFrame(found.parts).rename_axis('images').reset_index()
     return render('audit.html.j2', source=source, about=about, verdict=found.verdict, reason=found.reason,
-                  findings=findings(found), numbers=numbers, picture=_svg(curve_figure(found.curves)),
+                  students=students, findings=findings(found), numbers=numbers,
+                  picture=_svg(curve_figure(found.curves)),
                   remaining=found.remaining.rename_axis('answers').reset_index(), classes=found.classes.head(LONGEST),
                   shown=shown, slider=slider_page(found), untested=untested(found), number=_shown,
                   provenance=f'Made by cmim_repro {__version__}, torch {torch.__version__}.') + '\n'
@@ -167,21 +172,31 @@ VERDICTS = ('distillable', 'undistillable', 'undecided')
 _SIGNS = {'>': operator.gt, '<': operator.lt}
 
 
+def read_conditions(
+    conditions: str, # With commas: verdicts, and `NAME > LIMIT` or `NAME < LIMIT`
+)->list:
+    "(verdict,) or (name, sign, limit) for each; `Invalid` names one that is not understood."
+    found = []
+    for text in filter(None, (part.strip() for part in conditions.split(','))):
+        if match := re.fullmatch(r'(.+?)\s*([<>])\s*(\S+)', text):
+            name, sign, limit = match.groups()
+            try: found.append((name, sign, float(limit)))
+            except ValueError as error: raise Invalid(f'{text!r} is not understood; write NAME > NUMBER.') from error
+        else: found.append((check_choice('verdict', text, VERDICTS),))
+    return found
+
+
 def failures(
     found: Audit, # An audit
-    conditions: str, # With commas: verdicts, and `NAME > LIMIT` or `NAME < LIMIT`
+    conditions: str, # As for `read_conditions`
 )->list:
     "Those conditions that hold, each as a sentence; `Invalid` names one that is not understood."
     said = []
-    for text in filter(None, (part.strip() for part in conditions.split(','))):
-        match = re.fullmatch(r'(.+?)\s*([<>])\s*(\S+)', text)
-        if not match:
-            if check_choice('verdict', text, VERDICTS) == found.verdict: said.append(f'The verdict is {text}.')
+    for name, *more in read_conditions(conditions):
+        if not more:
+            if name == found.verdict: said.append(f'The verdict is {name}.')
             continue
-        name, sign, limit = match.groups()
-        value = found.summary[check_choice('measure', name, found.summary)]
-        try: limit = float(limit)
-        except ValueError as error: raise Invalid(f'{text!r} is not understood; write NAME > NUMBER.') from error
+        (sign, limit), value = more, found.summary[check_choice('measure', name, found.summary)]
         if _SIGNS[sign](value, limit): said.append(f'{name} is {value:.4g}, which is {sign} {limit:g}.')
     return said
 

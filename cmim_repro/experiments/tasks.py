@@ -31,7 +31,8 @@ def thief_data(
     if check_number('thief_images', part, 0, 1, open_low=True) == 1: return options
     if 'per_class' not in dataset.options(data):
         raise Invalid(f'thief_images is {part:g}, but {data} has no option per_class to choose fewer images.')
-    whole = options.get('per_class') or size_of(data, {}).most('train')
+    looked_at = {} if dataset.note(data, 'size') else {k: v for k, v in options.items() if k != 'held_out'} # in files
+    whole = options.get('per_class') or size_of(data, looked_at).most('train')
     return {**options, 'per_class': max(1, round(part*whole))}
 
 # %% ../../nbs/experiments/02_tasks.ipynb #a65319b8
