@@ -3,6 +3,7 @@ __version__ = "0.1.0"
 
 _WHERE = {'attack': 'attacks.core', 'defense': 'defenses.core', 'objective': 'defenses.core', 'release': 'defenses.core',
           'model': 'lab.models.core', 'dataset': 'lab.data.core', 'cmi_curve': 'theory.cmi', 'audit': 'audits.measures',
+          'audit_model': 'audits.verdict',
           'CMIMLoss': 'defenses.own_training', 'Indexed': 'defenses.own_training'}
 __all__ = sorted(_WHERE)
 

@@ -202,7 +202,8 @@ def failures(
 
 # %% ../../nbs/audits/03_report.ipynb #96621513
 def _arguments(arguments):
-    parser = OneSentence(prog='python -m cmim_repro audit', description=main.__doc__)
+    parser = OneSentence(prog='python -m cmim_repro audit', description=main.__doc__, epilog='With --model MODEL and '
+                         '--data DIR students are trained instead: audit --model MODEL --help lists what that takes.')
     parser.add_argument('answers', help='.npz, .npy, .csv, .parquet or .safetensors: log-probabilities, probabilities '
                                         'or logits, labels, perhaps a split and class names')
     parser.add_argument('--labels', help='a file of labels (.npy, .txt, .csv), where the first has none')

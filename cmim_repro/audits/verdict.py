@@ -86,12 +86,15 @@ def confidence_at(
     place = next((i for i, look in enumerate(LOOKS) if look >= seeds), len(LOOKS) - 1)
     return 1 - .05/2**(place + 1)
 
-# %% ../../nbs/audits/05_verdict.ipynb #11e6cb22
+# %% ../../nbs/audits/05_verdict.ipynb #2de155cd
 def _compared(frame, null_arms):
     "Attack to {seed: accuracy}, and what each is compared with, on images that choose nothing."
     own, *arms = (chosen(frame[frame['defense'] == row]) for row in ('own', *null_arms))
-    runs = runs_of(own, 'judged')
-    return {column: found for column, found in runs.items() if column != 'ls'}, bases(own, arms)
+    students, base = runs_of(own, 'judged'), bases(own, arms)
+    del students['ls']
+    for arm in (runs_of(arm, 'judged') for arm in arms): # the same students without the network: nothing was gained
+        base |= {column: found for column, found in students.items() if arm.get(column) == found}
+    return students, base
 
 
 def seeds_left(
