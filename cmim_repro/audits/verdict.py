@@ -207,14 +207,14 @@ def _students(task, teacher, store, entries, found, *, root, seconds, tries, mar
              'sha256': task.networks['own'].get('sha256', ''), 'seconds': seconds}
     return Students(_lines(table), facts, _said(facts, verdict, own.num_classes), _untested(task, tries))
 
-# %% ../../nbs/audits/05_verdict.ipynb #644dfca9
+# %% ../../nbs/audits/05_verdict.ipynb #d34a303d
 def _said(facts, verdict, num_classes):
     "Sentences made from the record."
     said = ["Query budget: {query budget:,} questions of each attack. Data budget: students have {data budget:,} "
             "labelled images, the owner {images of the owner:,}.".format(**facts),
             "{seeds} seeds of {student}, {epochs} epochs each; label smoothing and tuned attacks had at most {tries} "
             "tries. A gain above {margin:g} points counts, over the best of the LS student and the same attack on "
-            "answers that know nothing of the image.".format(**facts)]
+            "answers that tell the predicted class alone, or nothing.".format(**facts)]
     if verdict == 'undecided': said.append(_more(facts['seeds more']))
     if facts['teacher accuracy'] < 2/num_classes:
         said.append(f"The network is right on {100*facts['teacher accuracy']:.1f} % of the test images, with "
