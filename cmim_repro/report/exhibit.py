@@ -24,11 +24,12 @@ import pandas as pd
 import torch
 from IPython.display import HTML, Markdown, display
 
+from ..attacks.core import attack
 from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, project_root
 from ..experiments.cost import estimate
 from ..experiments.execution import load_data, log_progress, read_settings
 from ..experiments.workers import compute, process_count, torchrun_count
-from ..experiments.profiles import parse_overrides, read_seeds
+from ..experiments.profiles import names, parse_overrides, read_seeds
 from ..experiments.profiles import profile as find_profile
 from ..experiments.runs import Plan
 from ..experiments.store import Store
@@ -67,7 +68,7 @@ def declared(
 
 # %% ../../nbs/report/09_exhibit.ipynb #84599da3
 _SWITCH = {**dict.fromkeys(('true', 'yes', 'on', '1'), True), **dict.fromkeys(('false', 'no', 'off', '0'), False)}
-OR_NAMES = ('tuned',) # True, False, or names
+OR_NAMES = ('tuned',) # True, False, or names of attacks
 
 
 def _number(name, text, whole):
@@ -98,8 +99,9 @@ def read_value(
     if '\0' in text: raise Invalid(f'{name} is {text!r}; it must be a text without zeros.')
     if isinstance(default, bool):
         if text.lower() in _SWITCH: return _SWITCH[text.lower()]
-        if name in OR_NAMES: return text
-        raise Invalid(f'{name} is {value!r}; it must be True or False.')
+        if name in OR_NAMES and set(names(text)) <= set(attack.names()): return text
+        more = f" or names of attacks: {', '.join(attack.names())}" if name in OR_NAMES else ''
+        raise Invalid(f'{name} is {value!r}; it must be True or False{more}.')
     if name == 'seeds': return read_seeds(value) if text != '0' else default
     if isinstance(default, (int, float)): return _number(name, text, isinstance(default, int))
     return os.path.expanduser(text) if name in FOLDERS else text
