@@ -270,7 +270,8 @@ def test_watching_a_plan_takes_a_tenth_of_the_time_however_many_runs_are_open(mo
 
 
 OWNED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL) # nohup and some schedulers have it ignored
 from cmim_repro.experiments.workers import run_children
 child = "import os, pathlib, sys, time; from cmim_repro.experiments.execution import end_with_owner; end_with_owner(.05); "
 child += "pathlib.Path(sys.argv[1], str(os.getpid())).touch(); time.sleep(3600)"
@@ -296,7 +297,7 @@ def test_workers_end_with_the_process_they_work_for_however_it_ends(tmp_path, ho
         while not condition(): assert time.monotonic() < until; time.sleep(.05)
     wait_until(lambda: len(list(children.iterdir())) == 2)
     owner.send_signal(how)
-    owner.wait()
+    owner.wait(60)
     wait_until(lambda: all(gone(child.name) for child in children.iterdir()))
 
 
