@@ -82,6 +82,16 @@ def test_a_flipped_bit_is_named_or_changes_nothing(store, file):
     assert named > 50
 
 
+def test_no_bit_of_a_result_changes_it_in_silence(store):
+    path, before = store.folder(TEACHER)/'result.json', store.result(TEACHER)
+    content = path.read_bytes()
+    for bit in range(8*len(content) - 8*100, 8*len(content)): # the checksum, with its name
+        flipped(path, bit)
+        try: assert store.result(TEACHER) == before, bit
+        except Unusable as error: assert 'damaged' in str(error)
+        path.write_bytes(content)
+
+
 @pytest.mark.filterwarnings('ignore:.* was damaged')
 def test_a_flipped_bit_in_a_checkpoint_changes_no_weight(store):
     path = store.folder(STUDENT)/'checkpoint.pt'

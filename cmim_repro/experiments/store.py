@@ -162,7 +162,7 @@ def _read(path):
     try: found, (text, _, end) = json.loads(content), content.rpartition(_SEAL.encode())
     except ValueError as error: raise _damaged(path, 'not JSON') from error
     if not isinstance(found, dict): raise _damaged(path, 'not an object')
-    sealed = found.pop('checksum', None) or re.search(rb'"[0-9a-f]{64}"\s*}\s*\Z', content) # or its name is damaged
+    sealed = found.pop('checksum', None) or re.search(rb'"sha256:[0-9a-f]{64}"\s*}\s*\Z', content) # its name?
     if sealed and end != f'{sha256(text)}"\n}}'.encode():
         raise _damaged(path, 'its checksum does not fit')
     return found
