@@ -124,6 +124,11 @@ def compared():
     yield from ('There is no augmentation', "Centroids are the memory's, not Algorithm 1's")
 
 
+def test_the_readme_says_of_the_short_training_what_its_verdicts_say():
+    verdicts = set(pd.read_csv(SHORT/'verdicts.csv')['verdict'])
+    assert ('All nine rows of its Table 1 are *undecided*' in README) == (verdicts == {'undecided'}) and 'data/results/short' in README
+
+
 @pytest.mark.parametrize('facts', [measured, judged, compared])
 def test_what_agrees_and_what_does_not_is_what_the_committed_files_hold(facts):
     text = ' '.join((ROOT/'data'/'results'/'README.md').read_text().split())
