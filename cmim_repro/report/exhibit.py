@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'HOW', 'OR_NAMES', 'NARROWING', 'TOLD', 'notebook_of', 'declared', 'read_value', 'read_parameters',
-           'repeat_command', 'Asked', 'Answered', 'Given', 'tell', 'Planned', 'Published', 'Exhibit']
+           'repeat_command', 'Asked', 'Answered', 'Given', 'tell', 'Checked', 'Planned', 'Published', 'Exhibit']
 
 # %% ../../nbs/report/09_exhibit.ipynb #4ee9ae34
 import ast
@@ -26,8 +26,8 @@ from IPython.display import HTML, Markdown, display
 
 from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, project_root
 from ..experiments.cost import estimate
-from ..experiments.execution import load_data, log_progress, read_settings
-from ..experiments.workers import compute, process_count, torchrun_count
+from ..experiments.execution import check_files, load_data, log_progress, read_settings
+from ..experiments.workers import compute, process_count, read_executor, torchrun_count
 from ..experiments.profiles import parse_overrides, read_seeds
 from ..experiments.profiles import profile as find_profile
 from ..experiments.runs import Plan
@@ -257,17 +257,36 @@ def _check_end(folder, parameters, runs, load):
         names = list(map(str, load(run).class_names))
         confused_classes(torch.zeros(1, len(names)), torch.zeros(1), asked, names)
 
+# %% ../../nbs/report/09_exhibit.ipynb #3606f577
+class Checked(Given):
+    "Finds out what must be run, and refuses what cannot be."
+    def check(self,
+        entries, # Function that says what must be run
+    ):
+        "Find out what must be run; `Invalid` for what makes no sense. Nothing is shown or read."
+        self.entries = self.give(entries)
+        self._plan = Plan.of([e.run for e in self.entries]).check()
+
+    def check_data(self):
+        "Refuse data sets whose files are missing here, if this machine shall read them."
+        p, kind = self.parameters, read_executor(self.parameters['executor'])[0]
+        if self.plan_only or kind in ('scheduler', 'file', 'slurm'): return # the files may be there only
+        old = self.store.outdated if p.get('renew') else lambda run: False
+        missing = [run for run in self._plan.runs if not self.store.finished(run) or old(run)]
+        check_files(missing, p['data_root'] or None)
+
 # %% ../../nbs/report/09_exhibit.ipynb #5ccdc3cf
-class Planned(Given):
-    "Finds out what must be run, shows it, and has it computed."
+class Planned(Checked):
+    "Shows what must be run, and has it computed."
     def plan(self,
         entries, # Function that says what must be run
         describe=None, # Function that says as text what there is to do; None for the estimate of hours
         note=provenance_note, # Function that says where the numbers come from
     ):
         "Find out what must be run, and show it."
-        self.entries, self._note = self.give(entries), note
-        plan = self._plan = Plan.of([e.run for e in self.entries]).check()
+        self.check(entries)
+        self._note, plan = note, self._plan
+        if not describe: self.check_data() # where no runs are computed, what is measured may be there
         if self.parameters.get('renew') and not self.plan_only: _renew(plan, self.store)
         if describe:
             text = self.give(describe)

@@ -21,6 +21,8 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
@@ -28,7 +30,7 @@ import mistune
 
 from ..core import Invalid, Unusable, atomic_write, check_choice, project_root
 from ..experiments.execution import alive
-from .exhibit import TOLD, declared
+from .exhibit import TOLD, Exhibit, declared, notebook_of
 from .formats import render
 
 # %% ../../nbs/report/10_page.ipynb #eeba2b9c
@@ -146,6 +148,7 @@ def draw(
     place, # Where its executed copy goes
     parameters: dict, # Name to text
     tell=print, # Where lines of text go
+    check=lambda: None, # Called before anything is started; what it raises is how the notebook ended
 )->str:
     "Run a notebook and keep its executed copy; '' if it ended well, else the sentence that it ended with."
     place, started = Path(place), time.monotonic()
@@ -155,7 +158,9 @@ def draw(
     folder = Path(tempfile.mkdtemp(prefix=f'{_COPIES}{os.getpid()}-'))
     copy, mark, sentence = folder/place.name, place.with_suffix('.failed'), ''
     atomic_write(mark, 'It did not come to its end.\n')
-    try: _execute(str(source), str(copy), parameters, tell)
+    try:
+        check()
+        _execute(str(source), str(copy), parameters, tell)
     except Exception as error:
         sentence = failure(read_notebook(copy)) or (str(error).strip().splitlines() or [type(error).__name__])[-1]
     if copy.exists(): atomic_write(place, copy.read_bytes())
@@ -376,6 +381,14 @@ def _arguments(arguments):
     return parser.parse_args(arguments)
 
 
+def _check(name, given):
+    "Refuse what the notebook of an exhibit would refuse, without the time that it takes to start."
+    if find_spec(module := f'cmim_repro.exhibits.{name}') is None: return # not exported yet
+    exhibit = Exhibit(name, given)
+    exhibit.check(import_module(module).entries)
+    if f'{name}.run(' in notebook_of(name).read_text(encoding='utf-8'): exhibit.check_data() # it has runs computed
+
+# %% ../../nbs/report/10_page.ipynb #17cdf308
 def _run(args, figures, places):
     source = places[check_choice('table or figure', args.name, places)]
     parameters = {'profile': check_choice('profile', args.profile, ABOUT), **dict(args.parameters)}
@@ -386,7 +399,9 @@ def _run(args, figures, places):
         check_choice('parameter', key, sorted(known))
         if key not in own: tell(f'no parameter {key!r}, run without it.')
     given = {key: value for key, value in parameters.items() if key in own}
-    return draw(source, figures/'executed'/args.profile/source.name, given, tell)
+    def check():
+        if source == notebook_of(args.name): _check(args.name, given)
+    return draw(source, figures/'executed'/args.profile/source.name, given, tell, check)
 
 
 def main(arguments=None):
