@@ -576,6 +576,7 @@ def read_settings(
     text='', # Changes of `Settings`: name=value, with commas between
 )->Settings:
     "The settings that these words mean; an unknown name or a value of the wrong kind is `Invalid`."
+    if not os.environ.get('TORCHELASTIC_RUN_ID'): os.environ.pop('LOCAL_RANK', None) # a queue's, and no number of a GPU
     changes = parse_overrides(text)
     for name in changes: check_choice('run setting', name, [f.name for f in fields(Settings) if f.name != 'device'])
     settings = Settings(device=device, **changes)
