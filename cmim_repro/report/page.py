@@ -31,7 +31,7 @@ import mistune
 from ..core import Invalid, Unusable, atomic_write, check_choice, project_root
 from ..experiments.execution import alive
 from .exhibit import TOLD, Exhibit, declared, notebook_of
-from .formats import render
+from .formats import remove_unfinished, render
 
 # %% ../../nbs/report/10_page.ipynb #eeba2b9c
 def read_notebook(
@@ -77,7 +77,7 @@ def failure(
     errors = [output for output in _outputs(executed) if output['output_type'] == 'error']
     if not errors: return ''
     name, value = errors[0]['ename'], (errors[0]['evalue'].strip().splitlines() or [''])[0]
-    return value if name in ('Invalid', 'Unusable') else f'{name}: {value}'
+    return value if name in ('Invalid', 'Unusable', 'Damaged') else f'{name}: {value}'
 
 
 def progress_line(
@@ -152,6 +152,7 @@ def draw(
 )->str:
     "Run a notebook and keep its executed copy; '' if it ended well, else the sentence that it ended with."
     place, started = Path(place), time.monotonic()
+    remove_unfinished(place.parent)
     for left in Path(tempfile.gettempdir()).glob(f'{_COPIES}*'): # by processes that were killed
         owner = re.match(rf'{_COPIES}(\d+)-', left.name)
         if owner and not alive(int(owner[1])): shutil.rmtree(left, ignore_errors=True)
@@ -366,6 +367,7 @@ def write_page(
     root = project_root()
     figures = Path(figures or root/'figures')
     path = figures/'index.html'
+    remove_unfinished(figures)
     atomic_write(path, page_html(figures, notebooks or root/'nbs', results or root/'data'/'results'))
     return path
 
@@ -383,10 +385,11 @@ def _arguments(arguments):
 
 def _check(name, given):
     "Refuse what the notebook of an exhibit would refuse, without the time that it takes to start."
-    if find_spec(module := f'cmim_repro.exhibits.{name}') is None: return # not exported yet
+    text, module = notebook_of(name).read_text(encoding='utf-8'), f'cmim_repro.exhibits.{name}'
+    if f"Exhibit('{name}'" not in text or find_spec(module) is None: return # something else, or not exported yet
     exhibit = Exhibit(name, given)
     exhibit.check(import_module(module).entries)
-    if f'{name}.run(' in notebook_of(name).read_text(encoding='utf-8'): exhibit.check_data() # it has runs computed
+    if f'{name}.run(' in text: exhibit.check_data() # it has runs computed
 
 # %% ../../nbs/report/10_page.ipynb #17cdf308
 def _run(args, figures, places):
