@@ -84,6 +84,19 @@ def test_a_flipped_bit_is_named_or_changes_nothing(store, file):
     assert named > 50
 
 
+def test_a_changed_name_of_the_sum_does_not_hide_it(tmp_path):
+    store = Store(tmp_path)
+    store.finish(TEACHER, {'accuracy': .5})
+    path = store.folder(TEACHER)/'result.json'
+    content = path.read_bytes()
+    begin = 8*content.rindex(b'checksum')
+    for bit in range(begin, begin + 64):
+        flipped(path, bit)
+        with pytest.raises(Damaged): store.result(TEACHER)
+        path.write_bytes(content)
+    assert store.result(TEACHER)['accuracy'] == .5
+
+
 @pytest.mark.filterwarnings('ignore:.* was damaged')
 def test_a_flipped_bit_in_a_checkpoint_changes_no_weight(store):
     path = store.folder(STUDENT)/'checkpoint.pt'
