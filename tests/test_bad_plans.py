@@ -37,7 +37,7 @@ PLANS += [within('data_options', name, value) for name, value in [
 PLANS += [within('model_options', name, value) for name, value in [('width', 0), ('width', 'a'), ('width', None), ('width', 10**9), ('width', 1.5), ('depth', 3)]]
 PLANS += [within('options', name, value) for name, value in [
     ('weight', 'much'), ('weight', None), ('weight', [1]), ('temperature', 0), ('temperature', float('nan')), ('reduction', 'sum'), ('reduction', 3), ('heat', 1)]]
-PLANS += [{**GOOD, 'options': {}}, {**GOOD, 'method': 'ce'}, {**GOOD, 'method': 'st', 'options': {'ratio': .1}, 'model': 'cnn_small'}, {**GOOD, 'data': 'folder'},
+PLANS += [{**GOOD, 'options': {}}, {**GOOD, 'method': 'ce'}, {**GOOD, 'method': 'st', 'options': {'ratio': .1}, 'model': 'cnn_small'},
           {**GOOD, 'method': 'knockoff', 'options': {**make_run('digits', 'cnn_tiny', 'knockoff', teacher=TEACHER).options, 'budget': 1}},
           {**GOOD, 'method': 'mkd', 'options': {**make_run('digits', 'cnn_tiny', 'mkd', teacher=TEACHER).options, 'dimension': 10**9}},
           changed('teacher', {**TEACHER.to_dict(), 'seed': '/../../../escaped/x'}), changed('teacher', {**TEACHER.to_dict(), 'data_options': {'classes': 5}}),

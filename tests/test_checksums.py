@@ -3,6 +3,7 @@ import io
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -11,8 +12,9 @@ import torch
 from cmim_repro.core import Invalid, Unusable, unreadable
 from cmim_repro.experiments.execution import execute
 from cmim_repro.experiments.runs import Plan, make_run
-from cmim_repro.experiments.store import Store
+from cmim_repro.experiments.store import Damaged, Store
 from cmim_repro.lab.training import Recipe, Settings
+from cmim_repro.report.exhibit import Exhibit
 
 COMMON = {'recipe': Recipe(epochs=2, batch_size=32, lr=.05), 'data_options': {'per_class': 20}}
 TEACHER = make_run('digits', 'cnn_tiny', 'ce', **COMMON)
@@ -80,6 +82,17 @@ def test_a_flipped_bit_is_named_or_changes_nothing(store, file):
             assert file in str(error) and 'damaged' in str(error) and 'delete' not in str(error), error
         path.write_bytes(content)
     assert named > 50
+
+
+def test_no_bit_of_the_checksum_or_of_its_name_changes_a_result_in_silence(store):
+    path, before = store.folder(TEACHER)/'result.json', store.result(TEACHER)
+    content = path.read_bytes()
+    assert content.rindex(b'"checksum"') > len(content) - 100
+    for bit in range(8*len(content) - 800, 8*len(content)):
+        flipped(path, bit)
+        try: assert store.result(TEACHER) == before, bit
+        except Unusable as error: assert 'damaged' in str(error)
+        path.write_bytes(content)
 
 
 @pytest.mark.filterwarnings('ignore:.* was damaged')
@@ -179,3 +192,35 @@ def test_a_teacher_whose_weights_are_no_good_is_named_and_nothing_is_noted_of_th
     store.finish(TEACHER, store.result(TEACHER))
     with pytest.raises(Unusable, match=words.replace('head.2.weight', name)) as said: execute(Plan.of([STUDENT]), store, SETTINGS)
     assert TEACHER.name in str(said.value) and '\n' not in str(said.value) and not store.finished(STUDENT)
+
+
+SPOILED = {'result.json': lambda path: path.write_text('{"id": '), 'weights.safetensors': lambda path: flipped(path, 8*path.stat().st_size - 3),
+           'metrics.jsonl': lambda path: flipped(path, 9), 'log_probs.safetensors': lambda path: path.unlink(), 'run.json': lambda path: path.write_text('{}')}
+
+
+@pytest.mark.parametrize('file', SPOILED)
+def test_a_damaged_run_is_set_aside_with_renew_and_made_again(store, monkeypatch, file):
+    "All of its files are kept, the new ones are what they were, and nothing else is made again."
+    told, wanted, folder = [], answers(store), store.folder(TEACHER)
+    SPOILED[file](folder/file)
+    monkeypatch.setattr('cmim_repro.report.exhibit.tell', lambda text, page: told.append(text))
+    asked = {'profile': 'smoke', 'store': str(store.root), 'figures': str(store.root.parent/'figures'), 'device': 'cpu'}
+    entries = lambda **given: [SimpleNamespace(run=STUDENT, data='digits')]
+    if file == 'result.json':
+        with pytest.raises(Damaged, match='result.json is damaged .*; move its folder out of the store, or let -p renew True set it aside'): Exhibit('figure3', asked).run(entries)
+    there = {path.name: path.read_bytes() for path in folder.iterdir()}
+    Exhibit('figure3', {**asked, 'renew': 'True'}).run(entries)
+    [aside] = (store.root/'set_aside').iterdir()
+    assert aside.name == f'{TEACHER.name}-1' and {path.name: path.read_bytes() for path in aside.iterdir()} == there
+    assert answers(store) == wanted and store.finished(STUDENT) and store.damage(TEACHER) is None
+    assert f'1 runs of the store were damaged, are set aside and made again: {folder/file} is ' in told[0]
+    told.clear()
+    Exhibit('figure3', {**asked, 'renew': 'True'}).run(entries)
+    assert len(list((store.root/'set_aside').iterdir())) == 1 and told == ['2 runs, all of them finished.']
+
+
+def test_no_permission_is_no_damage_and_nothing_is_set_aside(store, monkeypatch):
+    def fails(*_, **__): raise PermissionError(13, 'Permission denied')
+    monkeypatch.setattr('safetensors.torch.load', fails)
+    with pytest.raises(Unusable, match='cannot be read'): store.damage(TEACHER)
+    assert store.damage(STUDENT) is None

@@ -1,4 +1,5 @@
 """A plan gives the same weights wherever it runs, survives a worker that dies, and says in a sentence what is wrong."""
+import contextlib
 import os
 import platform
 import signal
@@ -9,19 +10,23 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from cmim_repro.core import Invalid, Unusable
-from cmim_repro.experiments.execution import OpenRuns, Patience, execute
+from cmim_repro.experiments.execution import OpenRuns, Patience, execute, read_settings
 from cmim_repro.experiments.runs import Plan, make_run
 from cmim_repro.experiments.store import Store
 from cmim_repro.experiments.workers import (
     _plan_file,
+    _Settled,
     compute,
     execute_on_dask,
     local_client,
+    parts_of,
     read_executor,
+    remote_client,
     run_children,
     slurm_cluster,
     torchrun_command,
@@ -100,6 +105,75 @@ def test_a_worker_killed_in_the_middle_is_survived(undisturbed, client, tmp_path
     for run in PLAN.runs: assert finished_files(store, run) == undisturbed[run.id], run.name
 
 
+class Future:
+    "A task whose worker has died too often."
+    status = 'error'
+    def exception(self, timeout): return pytest.importorskip('distributed').KilledWorker('task', SimpleNamespace(address='tcp://10.0.0.1:1'), 3)
+
+
+def test_a_task_is_submitted_anew_as_long_as_it_gets_further(tmp_path):
+    store, submitted = Store(tmp_path), []
+    client = SimpleNamespace(status='running', submit=lambda *given, **options: submitted.append(given) or Future())
+    tasks, parts = _Settled(client, store, CPU, {}, None), parts_of(PLAN, store)
+    for part in parts: tasks.submit(part)
+    [first, *_], [*_, last] = parts, parts
+    for written in range(1, 9): # a teacher's progress counts for its student too, whose task is lost with it
+        store.start(first.cohort[0])
+        (store.folder(first.cohort[0])/'checkpoint.pt').write_text('x'*written)
+        os.utime(store.folder(first.cohort[0])/'checkpoint.pt', ns=(written, written))
+        assert not tasks.settle(first) and len(submitted) == len(parts) + written
+    student = next(part for part in parts if part.cohort[0].teacher == first.cohort[0])
+    assert not tasks.settle(student) and submitted[-1][-1] is tasks.futures[first]
+    for part in (first, student):
+        with pytest.raises(Unusable, match=f'{part.cohort[0].name}: its worker died again and again, and nothing was gained'): tasks.settle(part)
+    tasks.futures[last].status = 'cancelled' # by a scheduler that was started again
+    count = len(submitted)
+    assert not tasks.settle(last) and len(submitted) == count + 1
+
+
+def listening(process):
+    connections = psutil.Process(process).net_connections(kind='inet')
+    return {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+
+
+def test_a_cluster_on_this_machine_listens_to_this_machine_only(client):
+    workers = client.run(os.getpid)
+    assert len(workers) == 2 and client.scheduler_info()['services'].keys() >= {'dashboard'}
+    for process in (os.getpid(), *workers.values()): assert listening(process) == {'127.0.0.1'}
+
+
+@contextlib.contextmanager
+def started(*words):
+    process = subprocess.Popen([sys.executable, '-m', *words], start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try: yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_cluster_of_which_nobody_is_left_is_not_waited_for(tmp_path):
+    "First its only worker is killed, then its scheduler."
+    pytest.importorskip('distributed')
+    file, long = tmp_path/'scheduler.json', Plan.of([make_run('digits', 'cnn_small', 'ce', recipe=Recipe(epochs=5000, batch_size=32))])
+    here = '--host', '127.0.0.1', '--dashboard-address', '127.0.0.1:0'
+    worker = 'distributed.cli.dask_worker', '--scheduler-file', str(file), *here, '--no-nanny', '--nthreads', '1'
+
+    def end_of(process, patience, words):
+        store, ended = Store(tmp_path/f'store-{process.pid}'), []
+        def kill(*_):
+            if not ended and store.metrics(long.runs[0]): ended.append(os.killpg(process.pid, signal.SIGKILL))
+        with remote_client('file', str(file), timeout=3) as client, pytest.raises(Unusable, match=words) as said:
+            client.wait_for_workers(1, timeout=30)
+            execute_on_dask(long, store, client, CPU, progress=kill, pause=.1, patience=patience)
+        assert ended and '\n' not in str(said.value)
+
+    with started('distributed.cli.dask_scheduler', '--scheduler-file', str(file), '--port', '0', *here) as scheduler:
+        until = time.monotonic() + 30
+        while not file.exists(): assert time.monotonic() < until; time.sleep(.1)
+        with started(*worker) as one: end_of(one, 1., 'no worker for .* minutes; start workers')
+        with started(*worker): end_of(scheduler, 60., 'The Dask scheduler is gone; start it again')
+
+
 def test_a_tasks_error_is_its_one_sentence(client, tmp_path):
     plan = Plan.of([make_run('cifar100', 'cnn_tiny', 'ce', recipe=Recipe(epochs=1))])
     (tmp_path/'empty').mkdir()
@@ -155,15 +229,62 @@ def test_workers_get_a_gpu_each(monkeypatch):
     assert all(o['env'].keys() == {'OMP_NUM_THREADS'} and not o['resources'] for o in worker_options(2, CPU))
 
 
+@pytest.fixture
+def certificates(tmp_path):
+    "The settings of Dask that name a certificate, and what holds it."
+    pytest.importorskip('cryptography')
+    security = pytest.importorskip('distributed').Security.temporary()
+    files = {}
+    for name, text in security.get_tls_config_for_role('client').items():
+        if text and '\n' in text: files[name] = str(tmp_path/f'{name}.pem'); Path(files[name]).write_text(text)
+    return {'distributed.comm.tls.ca-file': files['ca_file'], 'distributed.comm.tls.client.cert': files['cert'], 'distributed.comm.tls.client.key': files['key']}, security
+
+
+def test_an_encrypted_scheduler_is_reached_with_its_certificates(undisturbed, certificates, tmp_path):
+    import dask
+    from distributed import LocalCluster
+    (settings, security), store = certificates, Store(tmp_path/'store')
+    small = Plan.of([TEACHERS[1]])
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=False, host='127.0.0.1', protocol='tls://', security=security, dashboard_address='127.0.0.1:0') as cluster:
+        address = cluster.scheduler_address
+        assert address.startswith('tls://')
+        with pytest.raises(Unusable, match='is encrypted; name ca-file, and cert and key'): compute(small, store, address, settings=CPU)
+        with dask.config.set(settings): assert compute(small, store, address, settings=CPU) == []
+    name = 'weights.safetensors'
+    assert finished_files(store, TEACHERS[1])[name] == undisturbed[TEACHERS[1].id][name]
+
+
+def test_slurms_scheduler_is_encrypted_and_listens_on_one_interface(tmp_path):
+    dask = pytest.importorskip('dask')
+    distributed = pytest.importorskip('distributed')
+    for name in ('dask_jobqueue', 'cryptography'): pytest.importorskip(name)
+    before = listening(os.getpid())
+    with dask.config.set({'jobqueue.slurm': {**dask.config.get('jobqueue.slurm', {}), **SLURM}}), slurm_cluster(tmp_path) as cluster:
+        address, script = cluster.scheduler_address, cluster.job_script()
+        assert address.startswith('tls://') and address.split('/')[2].split(':')[0] == distributed.utils.get_ip()
+        assert listening(os.getpid()) <= before | {distributed.utils.get_ip(), '127.0.0.1'}
+        for words in ('--protocol tls://', f'--tls-key {tmp_path}', '--dashboard-address 127.0.0.1:0'): assert words in script, words
+        assert 'BEGIN' not in script and all(path.stat().st_mode & 0o77 == 0 for path in tmp_path.iterdir()) # the key is in no script
+        with pytest.raises(OSError): distributed.Client(address.replace('tls://', 'tcp://'), timeout=1)
+        [dashboard] = (c for c in psutil.Process().net_connections(kind='inet') if c.laddr.port == cluster.scheduler.services['dashboard'].port)
+        assert dashboard.laddr.ip == '127.0.0.1'
+
+
+def test_slurm_without_cryptography_gets_a_sentence(monkeypatch):
+    pytest.importorskip('dask_jobqueue')
+    for name in ('cryptography', 'cryptography.x509'): monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(Unusable, match='cryptography, which is not installed: pip install cryptography'): slurm_cluster()
+
+
 SLURM = {'cores': 8, 'memory': '16GB', 'queue': 'gpu', 'job-extra-directives': ['--gres=gpu:1'],
          'worker-extra-args': ['--lifetime', '55m'], 'job-script-prologue': ['module load python'], 'interface': None}
 
 
-def test_slurm_jobs_are_described_without_slurm():
+def test_slurm_jobs_are_described_without_slurm(tmp_path):
     dask = pytest.importorskip('dask')
-    pytest.importorskip('dask_jobqueue')
+    for name in ('dask_jobqueue', 'cryptography'): pytest.importorskip(name)
     options = {'jobqueue.slurm': {**dask.config.get('jobqueue.slurm', {}), **SLURM}}
-    with dask.config.set(options), slurm_cluster(scheduler_options={'dashboard_address': ':0'}) as cluster:
+    with dask.config.set(options), slurm_cluster(tmp_path, scheduler_options={'dashboard_address': ':0'}) as cluster:
         lines = cluster.job_script().splitlines()
     assert '#SBATCH --gres=gpu:1' in lines and '#SBATCH -p gpu' in lines and '#SBATCH --cpus-per-task=8' in lines
     [command] = [line for line in lines if 'dask_worker' in line]
@@ -175,7 +296,7 @@ def test_slurm_jobs_are_described_without_slurm():
 
 def test_slurm_without_its_options_or_its_command_gets_a_sentence(tmp_path, monkeypatch):
     dask = pytest.importorskip('dask')
-    pytest.importorskip('dask_jobqueue') # its defaults are part of the configuration from now on
+    for name in ('dask_jobqueue', 'cryptography'): pytest.importorskip(name) # its defaults are part of the configuration from now on
     with dask.config.set({'jobqueue.slurm.cores': None}), pytest.raises(Invalid, match='write cores and memory below '
                                                                                        'jobqueue, slurm'):
         slurm_cluster()
@@ -196,7 +317,7 @@ SCANCEL = '#!/bin/sh\nfor job; do kill -- -$job; done\n'
 def test_a_queue_computes_the_plan(undisturbed, tmp_path, monkeypatch):
     "The commands of Slurm, replaced by scripts that start a job at once: everything but the queue itself."
     dask = pytest.importorskip('dask')
-    pytest.importorskip('dask_jobqueue')
+    for name in ('dask_jobqueue', 'cryptography'): pytest.importorskip(name)
     for name, text in (('sbatch', SBATCH), ('scancel', SCANCEL)):
         (tmp_path/name).write_text(text % {'folder': tmp_path} if '%' in text else text)
         (tmp_path/name).chmod(stat.S_IRWXU)
@@ -207,6 +328,7 @@ def test_a_queue_computes_the_plan(undisturbed, tmp_path, monkeypatch):
     store = Store(tmp_path/'store')
     with dask.config.set(options): assert compute(small, store, 'slurm', 1, CPU) == []
     for run in small.runs: assert finished_files(store, run) == undisturbed[run.id], run.name
+    assert not list((store.root/'plans').iterdir()) # the key of the cluster is gone
 
 
 def test_torchruns_command_passes_every_setting(tmp_path):
@@ -270,7 +392,8 @@ def test_watching_a_plan_takes_a_tenth_of_the_time_however_many_runs_are_open(mo
 
 
 OWNED = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL) # nohup and some schedulers have it ignored
 from cmim_repro.experiments.workers import run_children
 child = "import os, pathlib, sys, time; from cmim_repro.experiments.execution import end_with_owner; end_with_owner(.05); "
 child += "pathlib.Path(sys.argv[1], str(os.getpid())).touch(); time.sleep(3600)"
@@ -296,7 +419,7 @@ def test_workers_end_with_the_process_they_work_for_however_it_ends(tmp_path, ho
         while not condition(): assert time.monotonic() < until; time.sleep(.05)
     wait_until(lambda: len(list(children.iterdir())) == 2)
     owner.send_signal(how)
-    owner.wait()
+    owner.wait(60)
     wait_until(lambda: all(gone(child.name) for child in children.iterdir()))
 
 
@@ -323,6 +446,21 @@ def test_a_worker_that_always_dies_ends_with_a_sentence(tmp_path):
     with pytest.raises(Unusable, match='ended by SIGKILL 4 times.*kd-cnn_tiny; its log is') as said:
         run_children(['-c', DYING, str(tmp_path), '99'], 1, tmp_path, lambda last: None, pause=.05)
     assert '\n' not in str(said.value) and len(list(tmp_path.glob('death*'))) == 4
+
+
+ADVANCING = DYING.replace("    os.kill", "    place = folder/'store'/'kd-cnn_tiny'\n    place.mkdir(parents=True, exist_ok=True)\n"
+                          "    if count < int(sys.argv[3]): (place/'checkpoint.pt').write_text(str(count))\n    os.kill")
+
+
+@pytest.mark.filterwarnings('ignore:A worker ended')
+def test_a_worker_that_got_further_before_it_died_uses_up_no_try(tmp_path):
+    "Six deaths with a new checkpoint each, and four more without one, which are too many."
+    def run(deaths, gains): run_children(['-c', ADVANCING, str(tmp_path), str(deaths), str(gains)], 1, tmp_path, lambda last: None, pause=.05, store=Store(tmp_path/'store'))
+    run(6, 6)
+    assert len(list(tmp_path.glob('death*'))) == 6
+    for path in tmp_path.glob('death*'): path.unlink()
+    with pytest.raises(Unusable, match='ended by SIGKILL 4 times'): run(99, 6)
+    assert len(list(tmp_path.glob('death*'))) == 10
 
 
 @pytest.mark.filterwarnings('ignore:A worker ended')
@@ -371,9 +509,20 @@ def test_waiting_is_told_after_a_minute_and_ends_after_hours(tmp_path, monkeypat
     with pytest.raises(Unusable, match=f'{run.name} is held by another process, and nothing was written for 6 hours.*lock'): patience.look([run])
 
 
+@pytest.mark.parametrize('rank', ['', '0', '7'])
 @pytest.mark.parametrize('size', ['', '4', 'x'])
-def test_what_a_queue_left_in_the_environment_is_not_waited_for(monkeypatch, size):
+def test_what_a_queue_left_in_the_environment_is_not_waited_for(monkeypatch, size, rank):
     monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
-    for name, value in {'WORLD_SIZE': size, 'RANK': '0', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '1'}.items(): monkeypatch.setenv(name, value)
+    left = {'WORLD_SIZE': size, 'RANK': rank, 'LOCAL_RANK': rank, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '1'}
+    for name, value in left.items(): monkeypatch.setenv(name, value)
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 1)
+    join_processes(torch.device('cpu'))
+    assert processes() == 1 and read_settings('cuda').resolve() == torch.device('cuda')
+
+
+@pytest.mark.parametrize('size, rank', [('', '0'), ('2', ''), ('', '')])
+def test_a_half_environment_of_torchrun_is_none(monkeypatch, size, rank):
+    for name, value in {'TORCHELASTIC_RUN_ID': 'none', 'WORLD_SIZE': size, 'RANK': rank}.items(): monkeypatch.setenv(name, value)
     join_processes(torch.device('cpu'))
     assert processes() == 1

@@ -70,7 +70,7 @@ def test_every_parameter_is_used(path):
     "By the exhibit itself, or by a function of its module that asks for it by name."
     module = module_of(path)
     asked = {name for f in vars(module).values() if inspect.isfunction(f) for name in inspect.signature(f).parameters}
-    assert declared(path).keys() <= asked | {*HOW, *NARROWING, 'epochs', 'selection', 'protocol'}
+    assert declared(path).keys() <= asked | {*HOW, *NARROWING, 'epochs', 'selection', 'protocol', 'margin'}
 
 
 @every_run

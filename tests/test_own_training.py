@@ -94,7 +94,9 @@ TOGETHER = textwrap.dedent('''
         optimizer.step()
     found = {'weight': linear.weight.data, 'now': cmim.now}
     if world > 1 and rank == 0: torch.save(found, sys.argv[1])
-    if world > 1: dist.destroy_process_group()
+    if world > 1:
+        dist.barrier() # neither leaves while the other still talks
+        dist.destroy_process_group()
 ''')
 
 

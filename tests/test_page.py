@@ -20,9 +20,11 @@ import torch
 
 from cmim_repro import audit
 from cmim_repro.audits.report import write_report
+from cmim_repro.core import Unusable
+from cmim_repro.report.exhibit import Exhibit
 from cmim_repro.report.figures import Picture, cmi_curves, save_picture, simplex_figure, simplex_html, simplex_points
 from cmim_repro.report.formats import Table, runs_cell, save_table
-from cmim_repro.report.page import exhibits, main, page_html
+from cmim_repro.report.page import draw, exhibits, main, page_html, write_page
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = list(exhibits(ROOT/'nbs'))
@@ -402,3 +404,26 @@ def test_tables_and_provenance_are_shown_not_obeyed(tmp_path):
     text = page_html(tmp_path/'figures', ROOT/'nbs', tmp_path/'none')
     for tag in ('<script', '<img src=x', '<td onclick'): assert tag not in text, tag
     assert '" onmouseover' not in text and '1 &lt; 2' in text and '&lt;script&gt;' in text
+
+
+def test_files_that_a_killed_process_was_writing_are_removed_by_the_next(tmp_path, monkeypatch):
+    "By a notebook at its end, by the command that runs it, and by the page; a file that is being written stays."
+    left = ('.table1.csvab12_xyz', '.figure3_a.provenance.txt0123abcd', '.table1.answer.json_______a', '.run_table1.ipynbabcdefgh',
+            '.run_table1.failed12345678', '.index.htmlabcdefgh')
+    kept = ('table1.csv', '.hidden', '.my.configuration', '.table2.csvabcdefgh')
+    def spoil(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (*left, *kept): (folder/name).touch()
+        for name in (*left, *kept[:3]): os.utime(folder/name, (1e9, 1e9))
+    def there(folder): return {path.name for path in folder.iterdir()} - {'index.html', 'run_table1.failed'}
+
+    figures = tmp_path/'figures'
+    exhibit = Exhibit('figure3', {'profile': 'smoke', 'store': str(tmp_path/'store'), 'figures': str(figures/'smoke')})
+    monkeypatch.setattr(Exhibit, 'note', 'Nothing.')
+    def refuse(): raise Unusable('no data')
+    ways = {figures/'smoke': exhibit.provenance, figures/'executed'/'smoke': lambda: draw('x', figures/'executed'/'smoke'/'run_table1.ipynb', {}, print, refuse),
+            figures: lambda: write_page(figures, tmp_path/'nbs', tmp_path/'results')}
+    for folder, way in ways.items():
+        spoil(folder)
+        way()
+        assert there(folder) - {'smoke', 'executed'} == set(kept), folder

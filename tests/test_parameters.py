@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from cmim_repro.experiments.runs import Plan, make_run
 from cmim_repro.experiments.store import Store
 from cmim_repro.experiments.workers import execute_in_processes
 from cmim_repro.lab.training import Recipe, Settings
-from cmim_repro.report.exhibit import Exhibit, declared, notebook_of, read_parameters
+from cmim_repro.report.exhibit import OR_NAMES, Exhibit, declared, notebook_of, read_parameters
+from cmim_repro.report.page import main as page
 
 DEFAULTS = declared(notebook_of('table1'))
 COMMON = {'recipe': Recipe(epochs=1, batch_size=32), 'data_options': {'per_class': 20}}
@@ -31,7 +33,7 @@ def asked(folder, **given):
     return exhibit
 
 
-@pytest.mark.parametrize('name', [name for name, value in DEFAULTS.items() if isinstance(value, bool)])
+@pytest.mark.parametrize('name', [name for name, value in DEFAULTS.items() if isinstance(value, bool) and name not in OR_NAMES])
 def test_switches_are_read_in_any_spelling(name):
     for value in (False, 'false', 'False', 'no', 'off', '0', 0): assert read_parameters(DEFAULTS, {name: value})[name] is False
     for value in (True, 'true', 'TRUE', 'yes', 'on', '1', 1): assert read_parameters(DEFAULTS, {name: value})[name] is True
@@ -105,5 +107,30 @@ def test_the_cost_of_nothing_is_refused(capsys, option, value):
 def test_a_million_seeds_are_refused_at_once():
     with pytest.raises(Invalid, match='up to 1000'): read_seeds('1000000')
     with pytest.raises(Invalid, match='at most 1000'): read_seeds(list(range(2000)))
+    for text in ('[1', '1]', '(1, 2', '[1, 2))'):
+        with pytest.raises(Invalid, match='seeds is'): read_seeds(text)
     assert read_seeds('[3, 5]') == (3, 5) and read_seeds(4) == 4 and profile('smoke').seeds == 2
     assert read_settings('cpu', 'compile=false').compile is False
+
+
+@pytest.mark.parametrize('given, words', [
+    ({'workers': 'two'}, 'workers is .two.; it must be a whole number'), ({'attacks': 'nonsense'}, "Unknown attack 'nonsense'"),
+    ({'overrides': 'mkd.dimension=1000000000'}, 'dimension'),
+    ({'data_sets': 'cifar100', 'data_root': '{folder}'}, 'has no train and no test and no meta'), ({'data_sets': 'tinyimagenet', 'data_root': '{folder}'}, 'has no wnids.txt'),
+    ({'data_sets': 'imagenet', 'data_root': '{folder}'}, 'has no folder train'),
+    ({'attacks': 'knockoff:transfer=folder:{folder}/away'}, 'away is not a folder'), ({'attacks': 'knockoff:transfer=cifar100', 'data_root': '{folder}'}, 'has no train')], ids=str)
+def test_parameters_and_files_are_refused_before_a_kernel_is_started(tmp_path, monkeypatch, capsys, given, words):
+    "By the command and by the notebook, which is not estimated first; where the plan alone is wanted, files are not."
+    started = []
+    monkeypatch.setattr('cmim_repro.report.page._execute', lambda *given: started.append(given))
+    monkeypatch.setattr('cmim_repro.report.exhibit.estimate', lambda *given: started.append(given))
+    given = {name: value.format(folder=tmp_path) for name, value in given.items()}
+    folders = {'profile': 'smoke', 'seeds': '1', 'store': str(tmp_path/'store'), 'figures': str(tmp_path/'figures'/'smoke')}
+    command = ['table1', '--profile', 'smoke', '--figures', str(tmp_path/'figures')]
+    for item in {**folders, **given}.items(): command += ['-p', *item]
+    assert page(command) == 1
+    [line] = capsys.readouterr().out.splitlines()
+    assert re.match(f'table1: failed: .*{words}', line) and (tmp_path/'figures'/'executed'/'smoke'/'run_table1.failed').read_text() == line.removeprefix('table1: failed: ') + '\n'
+    with pytest.raises(Invalid, match=words): Exhibit('table1', {**folders, **given}).run(table1.entries)
+    assert not started and not list((tmp_path/'store').glob('*-*'))
+    if 'folder' in str(given) or 'data_root' in given: assert page([*command, '-p', 'plan_only', 'True']) == 0 and started

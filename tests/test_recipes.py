@@ -9,6 +9,7 @@ from cmim_repro.core import Invalid
 from cmim_repro.exhibits.table1 import entries as table1_entries
 from cmim_repro.experiments.profiles import narrowed, profile
 from cmim_repro.experiments.runs import Plan
+from cmim_repro.lab.models import imagenet
 from cmim_repro.lab.models.core import model
 from cmim_repro.lab.training import Recipe
 
@@ -66,7 +67,7 @@ def test_one_option_of_a_method():
     assert after['cifar100', 'cmim', 'vgg16', 'kd', 'vgg11', ''].options['temperature'] == 1
 
 
-def test_published_weights_make_another_teacher_and_nothing_else(monkeypatch):
+def test_published_weights_make_another_teacher_and_nothing_else(monkeypatch, tmp_path):
     trained, taken = (runs(text, data_sets='imagenet', defenses='st, nt, mad, apgp, cmim, ls', attacks='kd, dkd')
                       for text in ('', 'pretrained=True'))
     touched = {key[1] for key in taken if taken[key] != trained[key]}
@@ -78,8 +79,8 @@ def test_published_weights_make_another_teacher_and_nothing_else(monkeypatch):
             for run in loaded] == [('ce', 'imagenet_resnet34', Recipe(), 0)]
     saved = torchvision.models.resnet34(num_classes=1000).state_dict()
     asked = []
-    fetched = 'torchvision.models._api.load_state_dict_from_url'
-    monkeypatch.setattr(fetched, lambda url, *_, **__: asked.append(url) or saved)
+    torch.save(saved, tmp_path/'resnet34.pth')
+    monkeypatch.setattr(imagenet, '_published', lambda url: asked.append(url) or tmp_path/'resnet34.pth')
     net = model(loaded[0].model, **loaded[0].model_options, num_classes=1000, image_shape=(3, 224, 224))
     assert asked == [torchvision.models.ResNet34_Weights.IMAGENET1K_V1.url]
     assert all(torch.equal(value, saved[name]) for name, value in net.state_dict().items())

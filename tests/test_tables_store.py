@@ -15,7 +15,7 @@ from cmim_repro.experiments.profiles import narrowed, profile
 from cmim_repro.experiments.store import Store
 from cmim_repro.report.formats import Cell, to_csv, to_html, to_latex, to_markdown, to_text
 from cmim_repro.report.models import table_accuracy
-from cmim_repro.report.results import chosen, results_frame, student_entries
+from cmim_repro.report.results import chosen, results_frame, student_entries, verdicts
 
 SMALL = narrowed(profile('smoke'), seeds=3, attacks='kd dist', overrides='epsilons=0.1')
 SPLITS = ('test', 'train')
@@ -31,7 +31,7 @@ class Kind:
 
 def picked(make, entries, store):
     frame = results_frame(entries, store)
-    offered = {'frame': frame, 'picked': chosen(frame, 'paper')}
+    offered = {'frame': frame, 'picked': chosen(frame, 'paper'), 'judged': verdicts(frame)}
     return make(**{name: value for name, value in offered.items() if name in signature(make).parameters})
 
 

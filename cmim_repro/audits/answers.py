@@ -123,7 +123,8 @@ def make_answers(
     claim='', # What the file calls the numbers
 )->Answers:
     "Checked answers; `Invalid` in one sentence for whatever cannot be used."
-    scores = as_tensor(scores).detach().cpu()
+    try: scores = as_tensor(scores).detach().cpu()
+    except TypeError: raise Invalid(f'answers of {source} are texts or objects; they must be numbers (N, C).') from None
     check_batch(scores, what=f'answers of {source}')
     count = scores.shape[1]
     names = [str(i) for i in range(count)] if class_names is None else [str(name) for name in class_names]

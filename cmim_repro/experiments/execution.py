@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHOOSING', 'JUDGING', 'ROOM', 'COMPUTING', 'OWNER', 'load_data', 'make_method', 'make_network', 'answers_of',
-           'released', 'keep_answers', 'TransferSet', 'query_data', 'run_cohort', 'OpenRuns', 'Patience', 'execute',
-           'complaints', 'settled', 'worker_progress', 'log_progress', 'read_settings', 'read_plan', 'alive',
+           'released', 'keep_answers', 'TransferSet', 'query_data', 'check_files', 'run_cohort', 'OpenRuns', 'Patience',
+           'execute', 'complaints', 'settled', 'worker_progress', 'log_progress', 'read_settings', 'read_plan', 'alive',
            'end_with_owner', 'main']
 
 # %% ../../nbs/experiments/05_execution.ipynb #b550767a
@@ -190,6 +190,24 @@ def query_data(
                          device=data.device)
     return TransferSet(data, source, choose_queries(source.size('train'), budget, run.seed))
 
+
+def _sources(run):
+    "Name and options of each data set whose files a run reads."
+    found, (kind, name) = [(run.data, run.data_options)], transfer_source(run.options.get('transfer', 'train'))
+    if kind == 'dataset': found.append((name, {}))
+    if kind == 'folder': found.append(('folder', {'path': name}))
+    return found
+
+
+def check_files(
+    runs, # `Run`s that shall be computed on this machine
+    root=None, # Folder of the data sets, as for `load_data`
+):
+    "Refuse data sets whose files are missing, before any is read; what is published is fetched, as by `load_data`."
+    for name, path in sorted({(name, options.get('path', '')) for run in runs for name, options in _sources(run)}):
+        located = dataset.note(name, 'located')
+        if located: located(None if root is None else str(root), True, **({'path': path} if path else {}))
+
 # %% ../../nbs/experiments/05_execution.ipynb #2205dbc9
 def _origin(run, data, device, settings):
     "What a run is computed with and on."
@@ -223,8 +241,8 @@ def _check_weights(run, store, data):
     again = f'move {store.folder(run)} elsewhere and it is made again'
     if wanted != {name: tuple(value.shape) for name, value in found.items()}:
         raise Unusable(f'{path} does not hold the weights of the network of {run.name}; {again}.')
-    low = -torch.inf if run.kind == 'release' else torch.finfo(torch.double).min # an answer may be an exact zero
-    if odd := next((name for name, value in found.items() if not ((value >= low) & (value < torch.inf)).all()), None):
+    def bad(value): return value.isnan() if run.kind == 'release' else ~torch.isfinite(value) # answers know ln 0
+    if odd := next((name for name, value in found.items() if bad(value).any()), None):
         raise Unusable(f'{path} holds numbers that are not finite, in {odd}; {again}.')
 
 
@@ -561,6 +579,7 @@ def read_settings(
     text='', # Changes of `Settings`: name=value, with commas between
 )->Settings:
     "The settings that these words mean; an unknown name or a value of the wrong kind is `Invalid`."
+    if not os.environ.get('TORCHELASTIC_RUN_ID'): os.environ.pop('LOCAL_RANK', None) # a queue's, and no number of a GPU
     changes = parse_overrides(text)
     for name in changes: check_choice('run setting', name, [f.name for f in fields(Settings) if f.name != 'device'])
     settings = Settings(device=device, **changes)

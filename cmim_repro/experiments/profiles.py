@@ -104,13 +104,15 @@ def read_seeds(
     "How many seeds are meant, or which ones, as a tuple; `Invalid` for anything else, and for a seed named twice."
     text = ' '.join(map(str, given)) if isinstance(given, (list, tuple)) else str(given).strip()
     listed = isinstance(given, (list, tuple)) or text.startswith(('[', '(')) or ',' in text
+    wrong = Invalid(f'seeds is {given!r}; it must be a number of seeds, or different ones in a list, [10, 11, 12].')
+    if len(re.findall(r'[\[(]', text)) != len(re.findall(r'[\])]', text)): raise wrong
     values = [_value(v) for v in names(text.strip('[]() '))]
     values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     if len(values) > 1000: raise Invalid(f'seeds has {len(values)} seeds; name at most 1000.')
     if not listed and len(values) == 1: return check_number('seeds', values[0], 1, 1000, integer=True)
     found = tuple(check_number('seeds', value, 0, integer=True) for value in values)
     if found and len(set(found)) == len(found): return found
-    raise Invalid(f'seeds is {given!r}; it must be a number of seeds, or different ones in a list, [10, 11, 12].')
+    raise wrong
 
 
 def read_spec(

@@ -277,7 +277,7 @@ def _check_data(run):
     if isinstance(classes, list) and len(classes) < 2: raise Invalid(f'classes is {classes}; name two at least.')
     check_number('held_out', given.get('held_out', 0), 0, 1, open_high=True)
     check_number('split_seed', given.get('split_seed', 0), 0, integer=True)
-    if given.get('image_size') is not None: check_number('image_size', given['image_size'], 8, 2**12, integer=True)
+    if (size := given.get('image_size')) is not None: check_number('image_size', size, 8, 2**12, integer=True)
     if 'noise' in given: check_number('noise', given['noise'], 0)
     if dataset.note(run.data, 'size'): return _made(run.data, size_of, run.data, run.data_options)
 

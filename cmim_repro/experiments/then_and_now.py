@@ -190,7 +190,7 @@ def drawing():
 PROBES = {probe.__name__: probe for probe in (training_steps, short_worker, tiny_students, planning, estimating,
                                               measuring, drawing)}
 
-# %% ../../nbs/experiments/10_then_and_now.ipynb #e9cc70b1
+# %% ../../nbs/experiments/10_then_and_now.ipynb #0dbe5cd0
 def unpack(
     revision: str, # As git knows it
     folder, # An empty folder
@@ -213,7 +213,7 @@ def probed(
     source = inspect.getsource(PROBES[check_choice('probe', name, PROBES)])
     text = f'{source}\nimport json\nprint(json.dumps({name}()))'
     place = {**os.environ, 'PYTHONPATH': str(checkout), 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, '-c', text], capture_output=True, text=True, env=place, cwd=checkout)
+    done = subprocess.run([sys.executable, '-c', text], capture_output=True, encoding='utf-8', env=place, cwd=checkout)
     if done.returncode:
         raise Unusable(f'{name} ends in an error at {checkout}: {(done.stderr.strip().splitlines() or ["?"])[-1]}')
     return json.loads(done.stdout.splitlines()[-1])

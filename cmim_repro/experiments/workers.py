@@ -128,19 +128,31 @@ class _Log:
         spoken = [line for line in lines if line.strip('=- ') and not line.startswith(('[', COMPUTING))]
         return self.told(f'with {spoken[-1] if spoken else f"code {self.process.returncode}"!r}')
 
+# %% ../../nbs/experiments/06_workers.ipynb #c01e072d
+def _written(
+    folders, # Of runs
+)->list:
+    "When their checkpoints and results were written: it changes whenever one of the runs has got further."
+    found = []
+    for path in (folder/name for folder in folders for name in ('checkpoint.pt', 'result.json', 'diverged.json')):
+        with contextlib.suppress(FileNotFoundError): found.append((path, path.stat().st_mtime_ns))
+    return found
+
 # %% ../../nbs/experiments/06_workers.ipynb #7ede094a
-_TRIES = 3 # times that a child is started again
+_TRIES = 3 # times that a child is started again without having got any further
 
 
 class _Child(_Log):
     "A process that works on a plan, and its log."
-    def __init__(self, command, log):
-        self.command, self.log, self.deaths = command, log, 0
+    def __init__(self, command, log, store):
+        self.command, self.log, self.store, self.deaths, self.died = command, log, store, 0, False
         self.start()
 
     def start(self):
         with self.log.open('ab') as file:
             self.begin = file.tell()
+            os.utime(self.log)
+            self.since = self.log.stat().st_mtime_ns # by the clock of the disk
             self.process = subprocess.Popen([sys.executable, *self.command], stdout=file, stderr=file,
                                             env={**os.environ, OWNER: str(os.getpid())})
 
@@ -148,12 +160,19 @@ class _Child(_Log):
         "Does it go on, perhaps because it was started again? `Unusable` if it has failed."
         if self.process.poll() in (None, 0): return self.process.returncode is None
         if not (name := self.signal()): raise Unusable(self.refusal())
-        self.deaths += 1
+        self.died, self.deaths = True, 0 if self.advanced() else self.deaths + 1
         if self.deaths > _TRIES: return False
-        again = f'It goes on from its last checkpoint (try {self.deaths} of {_TRIES}).'
+        again = f'It goes on from its last checkpoint{f" (try {self.deaths} of {_TRIES})" if self.deaths else ""}.'
         warnings.warn(f'{self.told(f"by {name}")} {again}', stacklevel=2)
         self.start()
         return True
+
+    def advanced(self):
+        "Has one of its runs got a checkpoint or a result since it was started?"
+        if self.store is None: return False
+        names = {line.removeprefix(COMPUTING) for line in self.said() if line.startswith(COMPUTING)}
+        written = _written(self.store.root/name for name in names)
+        return any(time > self.since for _, time in written)
 
 # %% ../../nbs/experiments/06_workers.ipynb #98e6cc9a
 def _end(children, patience=30):
@@ -176,12 +195,13 @@ def run_children(
     folder, # Where their logs are kept
     look, # Called now and then for progress, with True when all have ended
     pause=2., # Seconds between two looks
+    store=None, # The `Store` that they write to, if they do
 ):
     "Start children and wait until all have ended; `Unusable` has the sentence of one that failed."
     children, name = [], _own_name()
     with contextlib.ExitStack() as stack:
         stack.callback(_end, children)
-        for i in range(count): children.append(_Child(command, Path(folder)/f'{name}-{i}.log'))
+        for i in range(count): children.append(_Child(command, Path(folder)/f'{name}-{i}.log', store))
         running = True
         while running:
             time.sleep(pause)
@@ -191,7 +211,7 @@ def run_children(
             child = children[0]
             raise Unusable(child.told(f'by {child.signal()} {child.deaths} times, the last time'))
     for child in children:
-        if not child.deaths: child.log.unlink()
+        if not child.died: child.log.unlink()
 
 # %% ../../nbs/experiments/06_workers.ipynb #a729ad8b
 def _look(plan, store, progress, workers=None):
@@ -240,7 +260,7 @@ def execute_in_processes(
     if settled(plan, store): return complaints(plan, store)
     with _plan_file(plan, store) as file:
         command = worker_command(file, store, settings, root, allow_unverified, limit)
-        run_children(command, workers, file.parent, _look(plan, store, progress), pause)
+        run_children(command, workers, file.parent, _look(plan, store, progress), pause, store)
     return complaints(plan, store)
 
 
@@ -257,7 +277,7 @@ def execute_with_torchrun(
     "Like `execute`, every cohort by several processes together."
     with _plan_file(plan, store) as file:
         command = torchrun_command(count, file, store, settings, root, allow_unverified)
-        run_children(command, 1, file.parent, _look(plan, store, progress), pause)
+        run_children(command, 1, file.parent, _look(plan, store, progress), pause, store)
     return complaints(plan, store)
 
 # %% ../../nbs/experiments/06_workers.ipynb #d5726b78
@@ -298,29 +318,82 @@ def compute_part(
     with _ONE_AT_A_TIME: execute(part, Store(root), settings, **facts)
 
 # %% ../../nbs/experiments/06_workers.ipynb #4d988fd8
-def _submit(client, parts, store, settings, facts, resources):
-    "Part to its future."
-    made_by, futures = {}, {}
-    for part in parts:
-        first = part.cohort[0].teacher
-        waits = [made_by[first.id]] if first and first.id in made_by else []
-        futures[part] = client.submit(compute_part, part, str(store.root.resolve()), settings, facts, *waits,
-                                      pure=False, retries=2, resources=resources)
-        made_by |= {run.id: futures[part] for run in part.cohort}
-    return futures
+class _Tasks:
+    "Parts of a plan as tasks of a Dask cluster."
+    def __init__(self, client, store, settings, facts, resources):
+        self.client, self.store, self.resources = client, store, resources
+        self.common = str(store.root.resolve()), settings, facts
+        self.futures, self.made_by, self.seen = {}, {}, {}
+
+    def submit(self, part):
+        "Have a part computed, after the one that makes its teacher."
+        teacher = part.cohort[0].teacher
+        waits = [self.made_by[teacher.id]] if teacher and teacher.id in self.made_by else []
+        self.seen[part] = self.written(part)
+        future = self.client.submit(compute_part, part, *self.common, *waits, pure=False, retries=2,
+                                    resources=self.resources)
+        self.futures[part] = future
+        self.made_by |= {run.id: future for run in part.cohort}
+
+    def written(self, part):
+        "What changes when the part, or a teacher that it waits for, has got further."
+        runs, one = list(part.cohort), part.cohort[0]
+        while one := one.teacher: runs.append(one)
+        return _written(map(self.store.folder, runs))
+
+# %% ../../nbs/experiments/06_workers.ipynb #f9104e91
+class _Settled(_Tasks):
+    "Tasks that end, or are started again."
+    def settle(self, part):
+        "Is the part, whose task has ended, done? If it can be made all the same, its task is started again."
+        future = self.futures[part]
+        if future.status == 'finished':
+            _check_shared(part, self.store)
+            for run in part.cohort: self.made_by.pop(run.id)
+            return True
+        if future.status == 'cancelled': # the scheduler has forgotten it
+            if self.client.status == 'running': self.submit(part)
+            return False
+        error = future.exception(timeout=60)
+        if isinstance(error, Invalid): raise type(error)(str(error)) from None
+        if not isinstance(error, _dask().KilledWorker): raise error
+        if self.written(part) == self.seen[part]:
+            raise Unusable(f'{part.cohort[0].name}: its worker died again and again, and nothing was gained between '
+                           f'({error}); look at its log.') from None
+        self.submit(part)
+        return False
 
 
-def _check_done(part, future, store, grace=30):
-    "Raise a failed task's sentence, or say that the store is not shared."
-    try: future.result()
-    except Invalid as error: raise type(error)(str(error)) from None
-    except _dask().KilledWorker as error:
-        raise Unusable(f'{part.cohort[0].name}: its worker died again and again ({error}); look at its log.') from None
+def _check_shared(part, store, grace=30):
+    "Say that the store is not shared, if a task has ended well and its results are not here."
     for _ in range(grace):
         if settled(Plan(part.cohort), store): return
         time.sleep(1)
     raise Unusable(f'A worker has computed {part.cohort[0].name}, but it is not in {store.root}: all workers must see '
                    'this folder.')
+
+# %% ../../nbs/experiments/06_workers.ipynb #2dcf51c7
+class _Presence:
+    "Is there anybody who computes?"
+    def __init__(self, client, patience):
+        self.client, self.patience, self.count, self.since = client, patience, 0, time.monotonic()
+
+    def look(self):
+        "Count the workers; `Unusable` without a scheduler, or after a while without any worker."
+        if self.client.status == 'closed': # it has tried for a while to reach it again
+            raise Unusable('The Dask scheduler is gone; start it again, and then this: what is finished or has a '
+                           'checkpoint is kept.')
+        try: self.count = len(self.client.nthreads()) if self.client.status == 'running' else 0
+        except (OSError, RuntimeError): self.count = 0 # it has just gone
+        if self.count: self.since = time.monotonic()
+        if time.monotonic() - self.since < self.patience: return
+        raise Unusable(f'The Dask cluster has had no worker for {self.patience/60:g} minutes; start workers, and then '
+                       'this: what is finished or has a checkpoint is kept.')
+
+    def cancel(self, futures):
+        "Have nothing more computed, if there is a scheduler to be told."
+        with contextlib.suppress(OSError, RuntimeError):
+            if self.client.status == 'running': self.client.cancel(futures)
 
 # %% ../../nbs/experiments/06_workers.ipynb #1bc3ff43
 def execute_on_dask(
@@ -334,19 +407,22 @@ def execute_on_dask(
     limit: int=8, # Most runs in a cohort
     resources=None, # What a task takes of a worker, for example {'GPU': 1}
     pause=2., # Seconds between two looks at the store
+    patience=600., # Seconds without any worker, after which it ends
 )->list:
-    "Like `execute`, by the workers of a Dask cluster."
+    "Like `execute`, by the workers of a Dask cluster; `Unusable` if the scheduler, or the last worker, is gone."
     facts = {'root': None if root is None else os.path.abspath(root), 'allow_unverified': allow_unverified}
-    futures = _submit(client, parts_of(plan, store, limit), store, settings, facts, resources)
-    look = _look(plan, store, progress, lambda: f', {len(client.nthreads()) or "no"} workers')
-    waiting = dict(futures)
+    tasks, there, waiting = _Settled(client, store, settings, facts, resources), _Presence(client, patience), []
+    look = _look(plan, store, progress, lambda: f', {there.count or "no"} workers')
     try:
+        for part in parts_of(plan, store, limit):
+            tasks.submit(part)
+            waiting.append(part)
         while waiting:
             time.sleep(pause)
-            for part in [part for part, future in waiting.items() if future.done()]:
-                _check_done(part, waiting.pop(part), store)
+            there.look()
+            waiting = [part for part in waiting if not (tasks.futures[part].done() and tasks.settle(part))]
             look(not waiting)
-    finally: client.cancel(list(futures.values()))
+    finally: there.cancel(list(tasks.futures.values()))
     return complaints(plan, store)
 
 # %% ../../nbs/experiments/06_workers.ipynb #86a0b393
@@ -402,20 +478,42 @@ def local_client(
             d.Client(cluster) as client: yield client # workers start when the cluster is made
 
 # %% ../../nbs/experiments/06_workers.ipynb #53aed72a
+def _security(d):
+    "Encryption for a cluster of one's own: by the certificates that Dask is told of, else by a temporary authority."
+    import dask
+    if dask.config.get('distributed.comm.tls.ca-file', None): return d.Security(require_encryption=True)
+    try: return d.Security.temporary()
+    except ImportError:
+        raise Unusable("executor 'slurm' encrypts with the package cryptography, which is not installed: "
+                       'pip install cryptography') from None
+
+
+def _doors(d, interface, given):
+    "Where the scheduler listens: on the cluster's interface; its dashboard for this machine only."
+    found = {'dashboard_address': '127.0.0.1:8787', **given}
+    # without a name of it the interface that other machines are reached by, as Dask tells it to the workers
+    if not interface and not {'host', 'interface'} & set(found): found['host'] = d.utils.get_ip()
+    return found
+
+# %% ../../nbs/experiments/06_workers.ipynb #18c656c1
 def slurm_cluster(
+    shared=None, # Folder that all machines see, for the keys of this cluster; None means the working directory
     **options, # Of `SLURMCluster`; what is not given comes from jobqueue.yaml
 ):
-    "A `dask_jobqueue.SLURMCluster` whose workers take one cohort at a time."
-    _dask()
+    "A `dask_jobqueue.SLURMCluster` whose workers take one cohort at a time, encrypted."
+    d = _dask()
     import dask
     try: from dask_jobqueue import SLURMCluster
     except ImportError:
         raise Unusable("executor 'slurm' needs dask-jobqueue, which is not installed: "
                        'pip install dask-jobqueue') from None
-    def known(name): return list(dask.config.get(f'jobqueue.slurm.{name}', None) or [])
-    options = {'worker_extra_args': [*known('worker-extra-args'), '--resources', 'GPU=1'],
+    def known(name, empty=()): return dask.config.get(f'jobqueue.slurm.{name}', None) or empty
+    interface, given = options.get('interface') or known('interface'), options.pop('scheduler_options', None)
+    closed = ['--dashboard-address', '127.0.0.1:0'] # of each worker
+    options = {'worker_extra_args': [*closed, *known('worker-extra-args'), '--resources', 'GPU=1'],
                'job_script_prologue': [*known('job-script-prologue'), 'export DASK_DISTRIBUTED__WORKER__DAEMON=False'],
-               **options}
+               'scheduler_options': _doors(d, interface, given or known('scheduler-options', {})),
+               'security': _security(d), 'shared_temp_directory': str(shared or os.getcwd()), **options}
     try: return SLURMCluster(**options)
     except (ValueError, TypeError) as error:
         raise Invalid(f'Slurm jobs cannot be described ({error}); write cores and memory below jobqueue, slurm '
@@ -430,6 +528,7 @@ def _widest(parts):
 @contextlib.contextmanager
 def slurm_client(
     jobs: int=1, # Most jobs at the same time
+    shared=None, # As for `slurm_cluster`
 ):
     "A client of a cluster of Slurm jobs, which are cancelled at its end."
     if not shutil.which('sbatch'):
@@ -437,7 +536,10 @@ def slurm_client(
                        'be submitted.')
     d = _dask()
     import dask
-    with dask.config.set(_PATIENCE), slurm_cluster() as cluster:
+    if shared: os.makedirs(shared, exist_ok=True)
+    with dask.config.set(_PATIENCE), slurm_cluster(shared) as cluster, contextlib.ExitStack() as stack:
+        for name in ('ca_file', 'cert', 'key'): # files that are there as long as they are open
+            if file := getattr(cluster, f'_job_{name}', None): stack.callback(file.close)
         cluster.adapt(minimum_jobs=1, maximum_jobs=jobs)
         with d.Client(cluster) as client: yield client
 
@@ -452,6 +554,9 @@ def remote_client(
     d = _dask()
     try:
         client = d.Client(scheduler_file=place, timeout=timeout) if kind == 'file' else d.Client(place, timeout=timeout)
+    except TypeError: # no certificates
+        raise Unusable(f'The Dask scheduler {place} is encrypted; name ca-file, and cert and key of the client, below '
+                       'distributed, comm, tls in ~/.config/dask/distributed.yaml.') from None
     except (OSError, ValueError) as error:
         raise Unusable(f'The Dask scheduler {place} cannot be reached ({str(error).splitlines()[0]}).') from None
     with client: yield client
@@ -465,9 +570,13 @@ def gpu_resource(
     return {'GPU': 1} if workers and all(w['resources'].get('GPU') for w in workers) else None
 
 
-def _client(kind, place, workers, settings, parts):
+_QUEUE = 7*86400. # seconds without any worker for which a queue may be the reason
+
+
+def _client(kind, place, workers, settings, parts, store):
     if kind == 'dask': return local_client(workers, settings)
-    return slurm_client(workers or _widest(parts)) if kind == 'slurm' else remote_client(kind, place)
+    if kind == 'slurm': return slurm_client(workers or _widest(parts), store.root.absolute()/'plans')
+    return remote_client(kind, place)
 
 # %% ../../nbs/experiments/06_workers.ipynb #e5f0b4ad
 def compute(
@@ -486,10 +595,11 @@ def compute(
     if settled(plan, store): return complaints(plan, store)
     if kind == 'torchrun':
         return execute_with_torchrun(plan, store, torchrun_count(executor, settings), settings, **options)
-    with _client(kind, place, workers, settings, parts_of(plan, store)) as client:
+    with _client(kind, place, workers, settings, parts_of(plan, store), store) as client:
         if kind == 'dask' and settings.device.startswith('cuda:'):
             settings = replace(settings, device='cuda') # the only one that its worker sees
         resources = {'GPU': 1} if kind == 'slurm' else gpu_resource(client)
+        if kind == 'slurm': options['patience'] = _QUEUE
         return execute_on_dask(plan, store, client, settings, resources=resources, **options)
 
 

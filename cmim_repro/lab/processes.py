@@ -30,13 +30,15 @@ def process_rank()->int:
     return dist.get_rank() if processes() > 1 else 0
 
 # %% ../../nbs/lab/01_processes.ipynb #bca051d5
+_TORCHRUN = 'TORCHELASTIC_RUN_ID', 'WORLD_SIZE', 'RANK' # torchrun sets all three; a queue may leave some behind
+
+
 def join_processes(
     device: torch.device, # Of this process
     hours: float=2., # Longest wait for the others
 ):
     "Join the processes that torchrun started with this one; without torchrun, nothing."
-    if 'TORCHELASTIC_RUN_ID' not in os.environ or dist.is_initialized(): return # WORLD_SIZE may be a queue's
-    if int(os.environ['WORLD_SIZE']) < 2: return
+    if dist.is_initialized() or not all(map(os.environ.get, _TORCHRUN)) or int(os.environ['WORLD_SIZE']) < 2: return
     if device.type == 'cuda': torch.cuda.set_device(device)
     dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(hours=hours))
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'HOW', 'OR_NAMES', 'NARROWING', 'TOLD', 'notebook_of', 'declared', 'read_value', 'read_parameters',
-           'repeat_command', 'Asked', 'Answered', 'Given', 'tell', 'Planned', 'Published', 'Exhibit']
+           'repeat_command', 'Asked', 'Answered', 'Given', 'tell', 'Checked', 'Planned', 'Published', 'Exhibit']
 
 # %% ../../nbs/report/09_exhibit.ipynb #4ee9ae34
 import ast
 import contextlib
+import html
 import inspect
 import json
 import math
@@ -24,16 +25,17 @@ import pandas as pd
 import torch
 from IPython.display import HTML, Markdown, display
 
+from ..attacks.core import attack
 from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, project_root
 from ..experiments.cost import estimate
-from ..experiments.execution import load_data, log_progress, read_settings
-from ..experiments.workers import compute, process_count, torchrun_count
-from ..experiments.profiles import parse_overrides, read_seeds
+from ..experiments.execution import check_files, load_data, log_progress, read_settings
+from ..experiments.workers import compute, process_count, read_executor, torchrun_count
+from ..experiments.profiles import names, parse_overrides, read_seeds
 from ..experiments.profiles import profile as find_profile
 from ..experiments.runs import Plan
 from ..experiments.store import Store
 from .figures import Picture, save_picture
-from .formats import Table, html_table, save_table
+from .formats import Table, html_table, remove_unfinished, save_table
 from .models import confused_classes, tuned
 from .paper import mark_note, our_label, printed_table, reconstructed
 from .paper_audit import findings
@@ -67,7 +69,7 @@ def declared(
 
 # %% ../../nbs/report/09_exhibit.ipynb #84599da3
 _SWITCH = {**dict.fromkeys(('true', 'yes', 'on', '1'), True), **dict.fromkeys(('false', 'no', 'off', '0'), False)}
-OR_NAMES = ('tuned',) # True, False, or names
+OR_NAMES = ('tuned',) # True, False, or names of attacks
 
 
 def _number(name, text, whole):
@@ -98,8 +100,9 @@ def read_value(
     if '\0' in text: raise Invalid(f'{name} is {text!r}; it must be a text without zeros.')
     if isinstance(default, bool):
         if text.lower() in _SWITCH: return _SWITCH[text.lower()]
-        if name in OR_NAMES: return text
-        raise Invalid(f'{name} is {value!r}; it must be True or False.')
+        if name in OR_NAMES and set(names(text)) <= set(attack.names()): return text
+        more = f" or names of attacks: {', '.join(attack.names())}" if name in OR_NAMES else ''
+        raise Invalid(f'{name} is {value!r}; it must be True or False{more}.')
     if name == 'seeds': return read_seeds(value) if text != '0' else default
     if isinstance(default, (int, float)): return _number(name, text, isinstance(default, int))
     return os.path.expanduser(text) if name in FOLDERS else text
@@ -237,12 +240,16 @@ def tell(
     display({'text/plain': TOLD + text, 'text/html': page}, raw=True)
 
 # %% ../../nbs/report/09_exhibit.ipynb #a62ccb6f
-def _renew(plan, store):
-    "Set aside what other code has made, so that it is computed again."
-    outdated = [run for run in plan.runs if store.outdated(run)]
-    for run in outdated: store.set_aside(run)
-    text = f"{len(outdated)} runs of the store were made by other code than today's and are made again."
-    if outdated: tell(text, f'<p>{text}</p>')
+def _renew(stale, store):
+    "Set runs aside, so that they are made again, and say why."
+    for run in stale: store.set_aside(run)
+    damaged = [why.partition('; ')[0] for why in stale.values() if why]
+    old = len(stale) - len(damaged)
+    if old: _say(f"{old} runs of the store were made by other code than today's and are made again.")
+    if damaged: _say(f'{len(damaged)} runs of the store were damaged, are set aside and made again: {damaged[0]}.')
+
+
+def _say(text): tell(text, f'<p>{html.escape(text)}</p>')
 
 # %% ../../nbs/report/09_exhibit.ipynb #3b34f0d8
 def _check_end(folder, parameters, runs, load):
@@ -257,18 +264,43 @@ def _check_end(folder, parameters, runs, load):
         names = list(map(str, load(run).class_names))
         confused_classes(torch.zeros(1, len(names)), torch.zeros(1), asked, names)
 
+# %% ../../nbs/report/09_exhibit.ipynb #3606f577
+class Checked(Given):
+    "Finds out what must be run, and refuses what cannot be."
+    def check(self,
+        entries, # Function that says what must be run
+    ):
+        "Find out what must be run; `Invalid` for what makes no sense. Nothing is shown or read."
+        self.entries = self.give(entries)
+        self._plan = Plan.of([e.run for e in self.entries]).check()
+
+    @cached_property
+    def stale(self):
+        "Runs that `renew` makes again: to the sentence about their damage, or to nothing if other code made them."
+        if not self.parameters.get('renew') or self.plan_only: return {}
+        damaged = {run: why for run in self._plan.runs if (why := self.store.damage(run))}
+        return damaged | {run: '' for run in self._plan.runs if run not in damaged and self.store.outdated(run)}
+
+    def check_data(self):
+        "Refuse data sets whose files are missing here, if this machine shall read them."
+        p, kind = self.parameters, read_executor(self.parameters['executor'])[0]
+        if self.plan_only or kind in ('scheduler', 'file', 'slurm'): return # the files may be there only
+        missing = [run for run in self._plan.runs if run in self.stale or not self.store.finished(run)]
+        check_files(missing, p['data_root'] or None)
+
 # %% ../../nbs/report/09_exhibit.ipynb #5ccdc3cf
-class Planned(Given):
-    "Finds out what must be run, shows it, and has it computed."
+class Planned(Checked):
+    "Shows what must be run, and has it computed."
     def plan(self,
         entries, # Function that says what must be run
         describe=None, # Function that says as text what there is to do; None for the estimate of hours
         note=provenance_note, # Function that says where the numbers come from
     ):
         "Find out what must be run, and show it."
-        self.entries, self._note = self.give(entries), note
-        plan = self._plan = Plan.of([e.run for e in self.entries]).check()
-        if self.parameters.get('renew') and not self.plan_only: _renew(plan, self.store)
+        self.check(entries)
+        self._note, plan = note, self._plan
+        if not describe: self.check_data() # where no runs are computed, what is measured may be there
+        _renew(self.stale, self.store)
         if describe:
             text = self.give(describe)
             return tell(text, f'<pre>{text}</pre>')
@@ -374,6 +406,7 @@ class Exhibit(Published):
     def provenance(self):
         "Show where the numbers come from and where the files are."
         if self.plan_only: return
+        remove_unfinished(self.folder)
         place, root = self.folder.resolve(), project_root()
         shown = place.relative_to(root) if place.is_relative_to(root) else place
         display(Markdown(f'{self.note} Everything is in `{shown}`.'))

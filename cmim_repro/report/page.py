@@ -21,6 +21,8 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
 
@@ -28,8 +30,8 @@ import mistune
 
 from ..core import Invalid, Unusable, atomic_write, check_choice, project_root
 from ..experiments.execution import alive
-from .exhibit import TOLD, declared
-from .formats import render
+from .exhibit import TOLD, Exhibit, declared, notebook_of
+from .formats import remove_unfinished, render
 
 # %% ../../nbs/report/10_page.ipynb #eeba2b9c
 def read_notebook(
@@ -75,7 +77,7 @@ def failure(
     errors = [output for output in _outputs(executed) if output['output_type'] == 'error']
     if not errors: return ''
     name, value = errors[0]['ename'], (errors[0]['evalue'].strip().splitlines() or [''])[0]
-    return value if name in ('Invalid', 'Unusable') else f'{name}: {value}'
+    return value if name in ('Invalid', 'Unusable', 'Damaged') else f'{name}: {value}'
 
 
 def progress_line(
@@ -146,16 +148,20 @@ def draw(
     place, # Where its executed copy goes
     parameters: dict, # Name to text
     tell=print, # Where lines of text go
+    check=lambda: None, # Called before anything is started; what it raises is how the notebook ended
 )->str:
     "Run a notebook and keep its executed copy; '' if it ended well, else the sentence that it ended with."
     place, started = Path(place), time.monotonic()
+    remove_unfinished(place.parent)
     for left in Path(tempfile.gettempdir()).glob(f'{_COPIES}*'): # by processes that were killed
         owner = re.match(rf'{_COPIES}(\d+)-', left.name)
         if owner and not alive(int(owner[1])): shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f'{_COPIES}{os.getpid()}-'))
     copy, mark, sentence = folder/place.name, place.with_suffix('.failed'), ''
     atomic_write(mark, 'It did not come to its end.\n')
-    try: _execute(str(source), str(copy), parameters, tell)
+    try:
+        check()
+        _execute(str(source), str(copy), parameters, tell)
     except Exception as error:
         sentence = failure(read_notebook(copy)) or (str(error).strip().splitlines() or [type(error).__name__])[-1]
     if copy.exists(): atomic_write(place, copy.read_bytes())
@@ -361,6 +367,7 @@ def write_page(
     root = project_root()
     figures = Path(figures or root/'figures')
     path = figures/'index.html'
+    remove_unfinished(figures)
     atomic_write(path, page_html(figures, notebooks or root/'nbs', results or root/'data'/'results'))
     return path
 
@@ -376,6 +383,15 @@ def _arguments(arguments):
     return parser.parse_args(arguments)
 
 
+def _check(name, given):
+    "Refuse what the notebook of an exhibit would refuse, without the time that it takes to start."
+    text, module = notebook_of(name).read_text(encoding='utf-8'), f'cmim_repro.exhibits.{name}'
+    if f"Exhibit('{name}'" not in text or find_spec(module) is None: return # something else, or not exported yet
+    exhibit = Exhibit(name, given)
+    exhibit.check(import_module(module).entries)
+    if f'{name}.run(' in text: exhibit.check_data() # it has runs computed
+
+# %% ../../nbs/report/10_page.ipynb #17cdf308
 def _run(args, figures, places):
     source = places[check_choice('table or figure', args.name, places)]
     parameters = {'profile': check_choice('profile', args.profile, ABOUT), **dict(args.parameters)}
@@ -386,7 +402,9 @@ def _run(args, figures, places):
         check_choice('parameter', key, sorted(known))
         if key not in own: tell(f'no parameter {key!r}, run without it.')
     given = {key: value for key, value in parameters.items() if key in own}
-    return draw(source, figures/'executed'/args.profile/source.name, given, tell)
+    def check():
+        if source == notebook_of(args.name): _check(args.name, given)
+    return draw(source, figures/'executed'/args.profile/source.name, given, tell, check)
 
 
 def main(arguments=None):

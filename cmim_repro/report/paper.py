@@ -9,12 +9,14 @@ __all__ = ['TUNED_END', 'MARK', 'MARKED', 'ATTACKS', 'DEFENSES', 'label', 'name_
 
 # %% ../../nbs/report/01_paper.ipynb #6f774a79
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+import cmim_repro
 from ..attacks.core import attack
-from ..core import Invalid, Unusable, check_choice, project_root
+from ..core import Invalid, Unusable, check_choice
 from ..defenses.core import objective, release
 from ..lab.data.core import dataset
 from ..lab.models.core import model
@@ -92,7 +94,7 @@ DEFENSES = ('mad', 'apgp', 'rsp', 'nt', 'snt', 'st', 'ls', 'cmim')
 # %% ../../nbs/report/01_paper.ipynb #b051e39f
 def paper_folder():
     "The folder of the printed tables."
-    return project_root()/'data'/'paper'
+    return Path(cmim_repro.__file__).parent/'report'/'printed'
 
 
 @lru_cache
@@ -100,8 +102,8 @@ def _as_printed(stem):
     path = paper_folder()/f'{stem}.csv'
     try: return pd.read_csv(path, dtype=str, keep_default_na=False)
     except FileNotFoundError as error:
-        raise Unusable(f'{path} is missing; it is part of the repository: run inside a checkout, '
-                       'or restore it with git.') from error
+        raise Unusable(f'{path} is missing; it is part of the package: install it again, or restore it with git.') \
+            from error
 
 # %% ../../nbs/report/01_paper.ipynb #1de45b3f
 def _minutes(text):

@@ -159,7 +159,7 @@ def _verified(folder, contents, allow_unverified):
 
 # %% ../../../nbs/lab/data/02_cifar100.ipynb #ee4201ba
 @dataset.register('cifar100', size=Size(50_000, 10_000, 100, (3, 32, 32)),
-                  context=('root', 'allow_unverified', 'download', 'device'))
+                  context=('root', 'allow_unverified', 'download', 'device'), located=_located)
 def cifar100(
     classes=None, # None for all hundred, a number for the first ones, or a list of indices or names
     per_class=None, # Training images of a class, held-out ones included; None for all

@@ -152,7 +152,14 @@ def _own_data_set(path, classes, choice, test_part, image_size, channels, mean, 
     return TensorDataSet(facts, {split: images for split, (images, _) in loaded.items()}, labels, device)
 
 # %% ../../../nbs/lab/data/05_folder.ipynb #8765591d
-@dataset.register('folder', label='Folder', context=('image_shape', 'root', 'download', 'device'))
+def _located(root, download, path=None):
+    "The folder that is meant."
+    path = Path(root or download_folder())/'folder' if path is None else Path(path)
+    if not path.is_dir(): raise Unusable(f'{path} is not a folder; name one that holds images with path.')
+    return path
+
+
+@dataset.register('folder', label='Folder', context=('image_shape', 'root', 'download', 'device'), located=_located)
 def folder(
     path=None, # The folder; None for `folder` below `root`
     classes=None, # None for all, a number for the first ones, or a list of names
@@ -172,8 +179,7 @@ def folder(
     device='cpu', # Where the images are kept
 ):
     "Images in a folder for each class, split or to be split, in memory; augmented by crop and mirror."
-    path = Path(root or download_folder())/'folder' if path is None else Path(path)
-    if not path.is_dir(): raise Unusable(f'{path} is not a folder; name one that holds images with path.')
+    path = _located(root, download, path)
     if image_shape is not None: return _transfer_set(path, limit, split_seed, image_shape, mean, std, device)
     if limit is not None: raise Invalid(f'limit is {limit}; with classes, images are chosen with per_class.')
     choice = {'per_class': per_class, 'test_per_class': test_per_class, 'held_out': held_out, 'split_seed': split_seed}

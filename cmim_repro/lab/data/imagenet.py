@@ -220,9 +220,10 @@ def _files(folder, part, wnids, chosen):
         labels += [index]*len(found)
     return np.array(names), torch.tensor(labels)
 
-
+# %% ../../../nbs/lab/data/04_imagenet.ipynb #51c51ce0
 @dataset.register('imagenet', size=Size(1_281_167, 50_000, 1000, (3, 224, 224), smallest=(732, 50)),
-                  context=('root', 'allow_unverified', 'download', 'device', 'workers'))
+                  context=('root', 'allow_unverified', 'download', 'device', 'workers'),
+                  located=lambda root, download: _located(root))
 def imagenet(
     classes=None, # None for all, a number for the first ones, or a list of indices, names or WordNet ids
     per_class=None, # Training images of a class, held-out ones included; None for all

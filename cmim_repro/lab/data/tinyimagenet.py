@@ -180,7 +180,7 @@ def cached_images(
 
 # %% ../../../nbs/lab/data/03_tinyimagenet.ipynb #1198f954
 @dataset.register('tinyimagenet', size=Size(100_000, 10_000, 200, (3, 64, 64)),
-                  context=('root', 'allow_unverified', 'download', 'device'))
+                  context=('root', 'allow_unverified', 'download', 'device'), located=_located)
 def tinyimagenet(
     classes=None, # None for all, a number for the first ones, or a list of indices, names or WordNet ids
     per_class=None, # Training images of a class, held-out ones included; None for all
