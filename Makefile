@@ -31,6 +31,10 @@ help: ## list the targets
 	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import nbdev.test, papermill, cmim_repro.report.page, torchvision, ipykernel.kernelapp, sklearn.datasets'
 	@touch $@
 
+.venv/.frameworks: .venv/.installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
 install: .venv/.installed ## create .venv and install the project with the tested versions
 
 table1: install ## run the main experiment on bundled real data (profile quick); prints the table
@@ -67,10 +71,10 @@ FORCE:
 
 test: notebooks pytest ## all notebooks as tests, then pytest
 
-notebooks: install ## all notebooks as tests, in the smoke profile
+notebooks: .venv/.frameworks ## all notebooks as tests, in the smoke profile
 	CMIM_PROFILE=smoke $(BIN)/nbdev_test --n_workers 2
 
-pytest: install ## the tests that tell no story: golden vectors, kills, bad input
+pytest: .venv/.frameworks ## the tests that tell no story: golden vectors, kills, bad input
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 slow: install ## tests that take more than half a minute each: graph capture of deep networks and the like
@@ -86,7 +90,7 @@ export: install ## write the package from the notebooks and clean them
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 
-outputs: install ## execute notebooks from top to bottom and keep what they show; NOTEBOOKS="nbs/..." names some
+outputs: .venv/.frameworks ## execute notebooks from top to bottom and keep what they show; NOTEBOOKS="nbs/..." names some
 	$(BIN)/python .ci/outputs.py make $(NOTEBOOKS)
 
 cost: install ## time of a training step, CMIM beside cross-entropy, students in teams; an earlier revision beside this one
