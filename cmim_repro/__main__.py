@@ -15,6 +15,7 @@ COMMANDS = {
     'run': ('report.page', 'the notebook of a table or figure, with its results: run table1 --profile quick'),
     'gallery': ('report.page', 'write the page of all tables and figures again, figures/index.html'),
     'plan': ('report.plan', 'write the runs of a table or figure as PLAN.json, for compute or torchrun'),
+    'pack': ('report.pack', 'keep the finished runs of a table or figure in one small file'),
     'compute': ('experiments.execution', 'train what a PLAN.json holds, and what it depends on'),
     'throughput': ('experiments.cost', 'time of a training step, CMIM beside cross-entropy'),
     'pilot': ('experiments.pilot', 'minutes on a GPU: its tests, its speed, a piece of Table 1'),
