@@ -14,7 +14,7 @@ import tarfile
 from ..core import Invalid, OneSentence, Unusable, atomic_write
 from ..experiments.profiles import is_null
 from ..experiments.runs import Plan, victim_of
-from ..experiments.store import PACK, Store
+from ..experiments.store import PACK, Store, sealed_tensors
 from .plan import entries_of
 
 # %% ../../nbs/report/13_pack.ipynb #82a02be9
@@ -26,7 +26,7 @@ def _answers(run, store):
     "What a model answers, rounded, as the bytes of a safetensors file."
     kept = store.tensors(run, 'log_probs.safetensors')
     found = {name: kept[name] for name in _KEPT if name in kept}
-    return store.sealed_tensors(run, {k: v.half() if v.is_floating_point() else v for k, v in found.items()})[0]
+    return sealed_tensors(run, {k: v.half() if v.is_floating_point() else v for k, v in found.items()})[0]
 
 
 def shown_models(
