@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -189,6 +190,14 @@ def test_workers_may_read_images_by_processes_of_their_own(client):
     workers = list(client.scheduler_info()['workers'])
     assert len(workers) == 2 # each of them: one that was killed has been started anew
     for worker in workers: assert client.submit(squares, pure=False, workers=[worker]).result(60) == [0, 1, 2, 3]
+
+
+def test_bf16_without_instructions_for_it_is_said_before_it_begins(tmp_path, monkeypatch):
+    half = Plan.of([make_run('digits', 'cnn_tiny', 'ce', recipe=Recipe(epochs=1, precision='bf16'))])
+    monkeypatch.setattr('cmim_repro.experiments.workers._multiplies_bf16', lambda: False)
+    with pytest.warns(UserWarning, match='1 would train in bf16. This processor has no instructions'):
+        assert compute(half, Store(tmp_path), settings=CPU) == []
+    with warnings.catch_warnings(action='error'): assert compute(half, Store(tmp_path), settings=CPU) == [] # finished
 
 
 @pytest.mark.parametrize('executor, words', [

@@ -6,7 +6,7 @@
 __all__ = ['EXECUTORS', 'read_executor', 'torchrun_count', 'process_count', 'worker_command', 'torchrun_command', 'run_children',
            'execute_in_processes', 'execute_with_torchrun', 'Part', 'parts_of', 'compute_part', 'execute_on_dask',
            'visible_devices', 'worker_options', 'local_client', 'slurm_cluster', 'slurm_client', 'remote_client',
-           'gpu_resource', 'compute']
+           'gpu_resource', 'slow_bf16', 'compute']
 
 # %% ../../nbs/experiments/06_workers.ipynb #caffd699
 import contextlib
@@ -578,6 +578,26 @@ def _client(kind, place, workers, settings, parts, store):
     if kind == 'slurm': return slurm_client(workers or _widest(parts), store.root.absolute()/'plans')
     return remote_client(kind, place)
 
+# %% ../../nbs/experiments/06_workers.ipynb #5618fe88
+def _multiplies_bf16():
+    "Has this processor instructions for it? Of others than x86 it is not asked."
+    if platform.machine().lower() not in ('x86_64', 'amd64'): return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def slow_bf16(
+    plan: Plan, # What is to be computed
+    store: Store, # Where it may be finished
+    settings: Settings, # Where it runs
+    able=None, # Has the processor instructions for it? None: ask it
+):
+    "The sentence about training in bf16 on a processor that has no instructions for it, or None."
+    half = sum(run.recipe.precision == 'bf16' and not store.finished(run) for run in plan.runs)
+    if not half or settings.resolve().type != 'cpu': return None
+    if _multiplies_bf16() if able is None else able: return None
+    return (f'Of these runs {half} would train in bf16. This processor has no instructions for it (AVX-512 BF16 or AMX), '
+            'so they may take many times as long as in float32; -p overrides "precision=float32" changes that.')
+
 # %% ../../nbs/experiments/06_workers.ipynb #e5f0b4ad
 def compute(
     plan: Plan, # What to compute
@@ -591,6 +611,7 @@ def compute(
     kind, place = read_executor(executor)
     plan.check()
     check_number('workers', workers, 0, integer=True)
+    if sentence := slow_bf16(plan, store, settings): warnings.warn(sentence, stacklevel=2)
     if kind == 'here': return _here(plan, store, workers, settings, options)
     if settled(plan, store): return complaints(plan, store)
     if kind == 'torchrun':
