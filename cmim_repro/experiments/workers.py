@@ -595,8 +595,8 @@ def slow_bf16(
     half = sum(run.recipe.precision == 'bf16' and not store.finished(run) for run in plan.runs)
     if not half or settings.resolve().type != 'cpu': return None
     if _multiplies_bf16() if able is None else able: return None
-    return (f'Of these runs {half} would train in bf16. This processor has no instructions for it (AVX-512 BF16 or AMX), '
-            'so they may take many times as long as in float32; -p overrides "precision=float32" changes that.')
+    return (f'Of these runs {half} would train in bf16. This processor has no instructions for it (AVX-512 BF16 or '
+            'AMX), so they may take many times as long as in float32; -p overrides "precision=float32" changes that.')
 
 # %% ../../nbs/experiments/06_workers.ipynb #e5f0b4ad
 def compute(
