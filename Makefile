@@ -80,7 +80,7 @@ pytest: .venv/.frameworks ## the tests that tell no story: golden vectors, kills
 slow: install ## tests that take more than half a minute each: graph capture of deep networks and the like
 	$(BIN)/python -m pytest -q -m slow -n 2 --dist worksteal
 
-faults: install ## campaigns of faults with counts: kills, flipped bits, full disks, bad plans and parameters; 25 minutes on two cores
+faults: install ## campaigns of faults with counts: kills, flipped bits, full disks, bad plans and parameters; some minutes
 	$(BIN)/python tests/faults/campaign.py --csv tests/faults/table.csv
 
 lint: install ## ruff on notebooks, package and tests
