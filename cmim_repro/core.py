@@ -284,6 +284,14 @@ def keyed_generator(
     return torch.Generator(device=device).manual_seed(keyed_seed(*key))
 
 # %% ../nbs/00_core.ipynb #16dd21a7
+@lru_cache(maxsize=1)
+def _mask():
+    "The umask of this process, which only a change of it tells."
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def atomic_write(
     path, # Where the file shall be
     content: bytes|str, # What it shall hold
@@ -298,7 +306,7 @@ def atomic_write(
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        os.chmod(temporary, 0o666 & ~_mask())
         os.replace(temporary, path)
     except OSError as error:
         if temporary and os.path.exists(temporary): os.unlink(temporary)

@@ -650,10 +650,11 @@ def _train_epoch(checkpoints, data, seed, teacher, answers, settings, on_epoch, 
 
 # %% ../../nbs/lab/03_training.ipynb #2429b29e
 def _parts(batch, size):
-    "The batch in parts of `size` images: (rows, images, answers) of each, random numbers keyed."
-    for part, start in enumerate(range(0, len(batch.labels), size)):
+    "The batch in parts of `size` images: (rows, images, answers) of each, random numbers keyed; a last one joins."
+    starts = range(0, max(1, len(batch.labels) - 1), size)
+    for part, start in enumerate(starts):
         batch.seed_forward(part)
-        rows = slice(start, start + size)
+        rows = slice(start, start + size if part + 1 < len(starts) else len(batch.labels))
         yield rows, batch.images[rows], None if batch.answers is None else batch.answers[rows]
 
 

@@ -14,6 +14,9 @@ import hashlib
 import io
 import json
 import os
+import tarfile
+import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -510,8 +513,9 @@ def fetch(
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(str(folder / f'.{filename}.lock')):
             if not present(): download_and_extract_archive(url, str(folder), filename=filename, md5=md5)
-    except (OSError, RuntimeError) as error:
-        raise Unusable(f'{filename} could not be fetched from {url} into {folder} ({error}); put a copy into a folder '
+    except (OSError, RuntimeError, zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, UnicodeError) as error:
+        raise Unusable(f'{filename} could not be fetched from {url} into {folder} '
+                       f'({(str(error).splitlines() or [type(error).__name__])[0]}); put a copy into a folder '
                        'and name it with root (in a run notebook: -p data_root FOLDER).') from error
 
 # %% ../../../nbs/lab/data/00_core.ipynb #e0468710
