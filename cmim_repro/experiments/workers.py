@@ -552,12 +552,15 @@ def remote_client(
 ):
     "A client of a scheduler somewhere else."
     d = _dask()
-    try:
-        client = d.Client(scheduler_file=place, timeout=timeout) if kind == 'file' else d.Client(place, timeout=timeout)
-    except TypeError: # no certificates
+    try: address = json.loads(Path(place).read_text(encoding='utf-8'))['address'] if kind == 'file' else place
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Unusable(f'The scheduler file {place} cannot be read ({type(error).__name__}).') from None
+    if str(address).startswith('tls:') and not d.Security().get_connection_args('client').get('ssl_context'):
         raise Unusable(f'The Dask scheduler {place} is encrypted; name ca-file, and cert and key of the client, below '
-                       'distributed, comm, tls in ~/.config/dask/distributed.yaml.') from None
-    except (OSError, ValueError) as error:
+                       'distributed, comm, tls in ~/.config/dask/distributed.yaml.')
+    named = {'scheduler_file': place} if kind == 'file' else {'address': place}
+    try: client = d.Client(**named, timeout=timeout)
+    except (OSError, ValueError, TypeError) as error:
         raise Unusable(f'The Dask scheduler {place} cannot be reached ({str(error).splitlines()[0]}).') from None
     with client: yield client
 
