@@ -97,6 +97,7 @@ def main(arguments=None)->int:
         args = parser.parse_args(arguments)
         asked = {'profile': args.profile, **dict(args.parameters)}
         entries = [entry for name in args.names for entry in entries_of(name, **asked)]
+        if args.store and not Path(args.store).is_dir(): raise Unusable(f'There is no store {args.store}.')
         store, out = Store(args.store), Path(args.out).absolute()
         content = pack(entries, store)
         atomic_write(f'{args.out}/store/{PACK}', content)
