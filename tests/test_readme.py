@@ -326,7 +326,56 @@ def test_the_report_says_what_the_committed_files_hold(facts):
     assert [fact for fact in facts() if fact not in text] == []
 
 
-@pytest.mark.parametrize('folder', [*SETS.values(), QUICK/'tuned'], ids=[*SETS, 'tuned'])
+MINI = ROOT/'data'/'results'/'mini'
+MINI_ROWS = {'ce': 'CE', 'ls': 'LS', 'cmim:weight=0.5': 'CMIM, weight 0.5', 'cmim': 'CMIM, weight 2', 'top1': 'Top-1'}
+
+
+def mini_rows():
+    "Lines of the README's table on CIFAR-100."
+    accuracy = pd.read_csv(MINI/'models.csv').set_index('column')['mean']
+    printed, tuned = (verdicts_in(MINI, attacks) for attacks in ('as printed', 'tuned'))
+    for row, label in MINI_ROWS.items():
+        said = [told(found.loc[row, verdict], found.loc[row, why]) for verdict, why in (('verdict', 'why'), ('knowledge', 'knowledge: why'))
+                for found in (printed, tuned)]
+        yield f'| {label} | {accuracy[row]:.1f} | ' + ' | '.join(said) + ' |'
+
+
+def mini_facts():
+    "What README and report say of CIFAR-100."
+    found = verdicts_in(MINI)
+    assert (found.loc['ce', ['verdict', 'knowledge']] == 'distillable').all()
+    printed, knows = (told(*found.loc['ce', [verdict, why]]) for verdict, why in (('verdict', 'why'), ('knowledge', 'knowledge: why')))
+    yield f"The undefended teacher is {printed}, and against the null arms by {knows.split(' by ')[1]}"
+    gains = gains_in(MINI)
+    tuned = gains[[c for c in gains if c.endswith(' tuned')]].max(axis=1)
+    yield ('The best tuned attack gains {:.1f} points from cross-entropy, {:.1f} and {:.1f} from CMIM with weights of 0.5 and 2, {:.1f} from the top-1 alone and {:.1f} from class centroids'
+           .format(*tuned[['ce', 'cmim:weight=0.5', 'cmim', 'top1', 'centroid']]))
+    yield 'KD, MKD and AVG end {:.1f}, {:.1f} and {:.1f} points below LS'.format(*-gains.loc['cmim', ['kd', 'mkd', 'avg']])
+    accuracy = pd.read_csv(MINI/'models.csv').set_index('column')['mean']
+    yield 'costs {:.1f} and {:.1f} points of accuracy'.format(*(accuracy['ce'] - accuracy[row] for row in ('cmim:weight=0.5', 'cmim')))
+
+
+def mini_lengths():
+    "What other numbers of epochs change for the students of the undefended teacher."
+    def means(folder):
+        found = pd.read_csv(folder/'table1_runs.csv').query("chosen_clean and defense == 'ce' and seed < 3")
+        return found.groupby('column')['last'].mean()[['ls', 'kd', 'dkd']]
+    found = {epochs: means(folder) for epochs, folder in {20: MINI/'half', 40: MINI, 80: MINI/'twice'}.items()}
+    for epochs, row in found.items(): yield f'| {epochs} | ' + ' | '.join(f'{value:.1f}' for value in row) + ' |'
+    assert found[20]['ls'] > found[40]['ls'] > found[80]['ls'] and found[20]['kd'] > found[20]['ls']
+    yield f"with 20 epochs it is {found[20]['ls'] - found[40]['ls']:.1f} points better than with the 40 of the table"
+    best = {name: max(row[name] for row in found.values()) for name in ('ls', 'kd', 'dkd')}
+    yield f"each at its best length, KD gains {best['kd'] - best['ls']:.1f} and DKD {best['dkd'] - best['ls']:.1f} points"
+
+
+def test_what_mini_says_is_what_the_committed_files_hold():
+    text = ' '.join(README.split())
+    assert [fact for fact in (*mini_rows(), *mini_facts(), *mini_lengths()) if fact not in text] == []
+    report = ' '.join((ROOT/'data'/'results'/'REPORT.md').read_text().split())
+    assert [fact for fact in mini_facts() if fact not in report] == []
+
+
+@pytest.mark.parametrize('folder', [*SETS.values(), QUICK/'tuned', MINI], ids=[*SETS, 'tuned', 'mini'])
 def test_the_verdicts_of_quick_follow_from_its_runs(folder):
     runs = pd.read_csv(folder/'table1_runs.csv').fillna({'choice': '', 'student': ''})
     committed = pd.read_csv(folder/'verdicts.csv', dtype=str, keep_default_na=False)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'HOW', 'OR_NAMES', 'NARROWING', 'TOLD', 'notebook_of', 'declared', 'read_value', 'read_parameters',
-           'repeat_command', 'Asked', 'Answered', 'Given', 'tell', 'Checked', 'Planned', 'Published', 'Exhibit']
+           'repeat_command', 'Named', 'Asked', 'Answered', 'Given', 'tell', 'Checked', 'Planned', 'Published',
+           'Exhibit']
 
 # %% ../../nbs/report/09_exhibit.ipynb #4ee9ae34
 import ast
@@ -18,7 +19,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import pandas as pd
@@ -148,6 +149,17 @@ def _rules(parameters):
     return (check_choice('selection', parameters.get('selection') or 'clean', ('clean', 'paper')),
             check_choice('protocol', parameters.get('protocol', 'last'), ('last', 'best')))
 
+# %% ../../nbs/report/09_exhibit.ipynb #04b1e685
+class Named:
+    "A data set whose class names are kept; it is read when anything else is asked for."
+    def __init__(self,
+        class_names: list, # Names of the classes
+        read, # Called for the data set, once
+    ):
+        self.class_names, self._read = class_names, cache(read)
+
+    def __getattr__(self, name): return getattr(self._read(), name)
+
 # %% ../../nbs/report/09_exhibit.ipynb #ab793ed1
 class Asked:
     "What the notebook of an exhibit was asked for."
@@ -176,7 +188,9 @@ class Asked:
     def load(self, run):
         "The data set of a run, on the device."
         p = self.parameters
-        return load_data(run, p['data_root'] or None, p['allow_unverified'], self.settings.resolve())
+        read = partial(load_data, run, p['data_root'] or None, p['allow_unverified'], self.settings.resolve())
+        kept = self.store.class_names(run)
+        return Named(kept, read) if kept else read()
 
 # %% ../../nbs/report/09_exhibit.ipynb #f1cee200
 class Answered(Asked):

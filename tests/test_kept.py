@@ -1,0 +1,65 @@
+"""Results that are kept: a store in one file draws the committed tables again, and weights are found by name."""
+import json
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import papermill
+import pytest
+import torch
+
+from cmim_repro.experiments.runs import run_from_dict
+from cmim_repro.experiments.store import PACK, packed_files
+from cmim_repro.lab.models.core import model, read_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT/'data'/'results'
+MINI = {'profile': 'mini', 'defenses': 'ce, ls, cmim:weight=0.5, cmim, top1', 'tuned': 'kd, dkd, dist'}
+
+
+@pytest.fixture(scope='module')
+def drawn(tmp_path_factory):
+    "Table 1 of mini from the kept runs, without the data."
+    folder = tmp_path_factory.mktemp('kept')
+    (folder/'store').mkdir()
+    shutil.copy(KEPT/'mini'/'store'/PACK, folder/'store')
+    given = {**MINI, 'store': str(folder/'store'), 'figures': str(folder/'figures'), 'data_root': str(folder/'nowhere')}
+    papermill.execute_notebook(ROOT/'nbs'/'run_table1.ipynb', folder/'out.ipynb', given, progress_bar=False, cwd=folder)
+    return folder/'figures'
+
+
+@pytest.mark.parametrize('name', ['table1.csv', 'table1_runs.csv', 'verdicts.csv', 'models.csv'])
+def test_kept_runs_draw_the_committed_table_again(drawn, name):
+    assert (drawn/name).read_bytes() == (KEPT/'mini'/name).read_bytes()
+
+
+def test_kept_answers_draw_the_committed_pictures_again(drawn):
+    for name, close in {'cmi.csv': 1e-4, 'weights.csv': .05}.items(): # answers have 11 bits, so some of two largest ones are equal
+        again, committed = (pd.read_csv(folder/name) for folder in (drawn, KEPT/'mini'))
+        pd.testing.assert_frame_equal(again, committed, rtol=1e-3, atol=close)
+    for name in ('cmi_cifar100_cnn_medium', 'simplex_cifar100_cnn_medium'):
+        assert (drawn/f'{name}.png').stat().st_size > 100_000
+
+
+@pytest.mark.parametrize('folder', [path.parents[1] for path in KEPT.glob('*/store/runs.tar.xz')], ids=lambda path: path.name)
+def test_every_kept_run_is_described_and_finished(folder):
+    files = packed_files(folder/'store')
+    names = {name.partition('/')[0] for name in files if '/' in name}
+    assert len(names) > 500
+    for name in names:
+        run = run_from_dict({key: value for key, value in json.loads(files[f'{name}/run.json']).items() if key != 'id'})
+        assert run.name == name and ({f'{name}/result.json', f'{name}/diverged.json'} & files.keys())
+
+
+def kept_weights(): return [f"{p.parents[1].name}/{'/'.join(p.stem.rsplit('-', 1)).replace(',', ':')}" for p in KEPT.glob('*/weights/*.safetensors')]
+
+
+@pytest.mark.parametrize('name', kept_weights())
+def test_kept_weights_are_those_of_a_committed_run(name):
+    about, tensors = read_weights(name)
+    profile, defense, seed = name.split('/')
+    runs = pd.read_csv(KEPT/profile/'table1_runs.csv').query("column == 'model' and defense == @defense and seed == @seed", local_dict={'defense': defense, 'seed': int(seed)})
+    assert set(runs['run']) == {about['run']}
+    network = model(about['model'], weights=name).eval()
+    images = torch.rand(2, *about['options']['image_shape'])
+    assert network(images).shape == (2, about['options']['num_classes']) and len(tensors) == len(network.state_dict())
