@@ -375,6 +375,28 @@ def test_what_mini_says_is_what_the_committed_files_hold():
     assert [fact for fact in mini_facts() if fact not in report] == []
 
 
+def cost_rows():
+    "Lines of the README's table of an earlier revision and this one."
+    for _, row in pd.read_csv(ROOT/'data'/'results'/'cost'/'then_and_now.csv').iterrows():
+        yield f"| {row['what']} | {row['then']:.3g} | {row['now']:.3g} | {row['now/then']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f}) |"
+
+
+def half_facts():
+    "What bf16 does to accuracies in mini."
+    cells = [pd.read_csv(folder/'table1_runs.csv').query("defense == 'ce' and seed < 3") for folder in (MINI, MINI/'bf16')]
+    both = cells[0].merge(cells[1], on=['column', 'choice', 'seed'])
+    both['change'] = both['last_y'] - both['last_x']
+    found = both[both['column'].isin(['model', 'ls', 'kd'])].groupby('column')['change'].agg(['mean', 'std', 'count'])
+    assert found['count'].to_dict() == {'model': 3, 'ls': 33, 'kd': 3}
+    yield 'three teachers by {:+.2f} points, 33 LS students by {:+.2f} and three KD students by {:+.2f} (standard deviations {:.1f}, {:.1f} and {:.1f})'.format(
+        *(found.loc[name, what] for what in ('mean', 'std') for name in ('model', 'ls', 'kd')))
+
+
+def test_what_the_readme_says_of_speed_on_a_cpu_was_measured():
+    text = ' '.join(README.split())
+    assert [fact for fact in (*cost_rows(), *half_facts()) if fact not in text] == []
+
+
 @pytest.mark.parametrize('folder', [*SETS.values(), QUICK/'tuned', MINI], ids=[*SETS, 'tuned', 'mini'])
 def test_the_verdicts_of_quick_follow_from_its_runs(folder):
     runs = pd.read_csv(folder/'table1_runs.csv').fillna({'choice': '', 'student': ''})
