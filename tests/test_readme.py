@@ -348,7 +348,8 @@ def mini_facts():
     yield f"The undefended teacher is {printed}, and against the null arms by {knows.split(' by ')[1]}"
     gains = gains_in(MINI)
     tuned = gains[[c for c in gains if c.endswith(' tuned')]].max(axis=1)
-    yield ('The best tuned attack gains {:.1f} points from cross-entropy, {:.1f} and {:.1f} from CMIM with weights of 0.5 and 2, {:.1f} from the top-1 alone and {:.1f} from class centroids'
+    yield ('The best tuned attack gains {:.1f} points from cross-entropy, {:.1f} and {:.1f} from CMIM with weights of 0.5 and 2, '
+           '{:.1f} from the top-1 alone and {:.1f} from class centroids'
            .format(*tuned[['ce', 'cmim:weight=0.5', 'cmim', 'top1', 'centroid']]))
     yield 'KD, MKD and AVG end {:.1f}, {:.1f} and {:.1f} points below LS'.format(*-gains.loc['cmim', ['kd', 'mkd', 'avg']])
     accuracy = pd.read_csv(MINI/'models.csv').set_index('column')['mean']

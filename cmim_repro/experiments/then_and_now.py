@@ -27,7 +27,6 @@ def training_steps():
     import time
 
     import torch
-    import torch.nn.functional as F
 
     from cmim_repro.defenses.core import objective
     from cmim_repro.lab import training
@@ -44,9 +43,8 @@ def training_steps():
         def step():
             with torch.autocast('cpu', torch.bfloat16, enabled=half): logits = net(images).float()
             if loss: loss.observe(logits.detach().log_softmax(-1), labels, places)
-            value = loss(logits, None, labels) if loss else F.cross_entropy(logits, labels)
             optimizer.zero_grad()
-            value.backward()
+            (loss(logits, None, labels) if loss else torch.nn.functional.cross_entropy(logits, labels)).backward()
             optimizer.step()
         return step
     steps = {'ce': work('cnn_small', 0), 'N = 25': work('cnn_small', 25), 'N = 50': work('cnn_small', 50),

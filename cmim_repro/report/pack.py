@@ -39,7 +39,7 @@ def class_names(
     root=None, # Folder of the data sets
 )->dict:
     "`classes_key` to names of the classes, which pictures show; read from the data."
-    runs = {classes_key(run): run for run in (e.run for e in entries)}
+    runs = {classes_key(e.run): e.run for e in entries}
     return {key: list(map(str, load_data(run, root, True).class_names)) for key, run in runs.items()}
 
 
