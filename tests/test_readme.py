@@ -378,7 +378,7 @@ def test_what_mini_says_is_what_the_committed_files_hold():
 
 def cost_rows():
     "Lines of the README's table of an earlier revision and this one."
-    for _, row in pd.read_csv(ROOT/'data'/'results'/'cost'/'then_and_now.csv').iterrows():
+    for _, row in pd.read_csv(ROOT/'data'/'results'/'then_and_now.csv').iterrows():
         yield f"| {row['what']} | {row['then']:.3g} | {row['now']:.3g} | {row['now/then']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f}) |"
 
 
