@@ -97,6 +97,7 @@ TOGETHER = textwrap.dedent('''
     if world > 1:
         dist.barrier() # neither leaves while the other still talks
         dist.destroy_process_group()
+        os._exit(0) # threads of the connection must not outlive what they stand on
 ''')
 
 
