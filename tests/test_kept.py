@@ -10,7 +10,8 @@ import torch
 
 from cmim_repro.experiments.runs import run_from_dict
 from cmim_repro.experiments.store import PACK, packed_files
-from cmim_repro.lab.models.core import model, read_weights
+from cmim_repro.lab.models.core import model
+from cmim_repro.lab.models.kept import read_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT/'data'/'results'

@@ -26,6 +26,7 @@ from ..experiments.tasks import (MINI_STUDENT, NULL_ARMS, SMALL_OPTIONS, TRAINED
                                           task_for)
 from ..lab.data.core import size_of
 from ..lab.models.core import model as networks
+from ..lab.models.kept import tensors_sum
 from ..lab.models.own import blocks_of, named, remembered_file
 from ..lab.training import Recipe
 
@@ -37,9 +38,7 @@ def _sum_of(path, thing):
     "SHA-256 of the file in which a function is written, and of its weights if it is a module."
     total = hashlib.sha256()
     if file := getattr(sys.modules[path.partition(':')[0]], '__file__', None): total.update(Path(file).read_bytes())
-    for name, value in thing.state_dict().items() if isinstance(thing, nn.Module) else ():
-        total.update(name.encode())
-        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    if isinstance(thing, nn.Module): total.update(tensors_sum(thing.state_dict()).encode())
     return total.hexdigest()
 
 

@@ -19,8 +19,8 @@ from ..experiments.profiles import is_null
 from ..experiments.runs import Plan, victim_of
 from ..experiments.store import PACK, Store, classes_key, sealed_tensors
 from ..lab.data.core import size_of
-from ..lab.models.core import weights_file, weights_path
-from .plan import entries_of
+from ..lab.models.kept import weights_file, weights_path
+from .plan import entries_of, offer_parameters
 
 # %% ../../nbs/report/13_pack.ipynb #82a02be9
 _FILES = 'run.json', 'metrics.jsonl', 'result.json', 'diverged.json'
@@ -100,9 +100,7 @@ def main(arguments=None)->int:
     "Keep the finished runs of tables and figures in one file, a store that may only be read."
     parser = OneSentence(prog='python -m cmim_repro pack', description=main.__doc__)
     parser.add_argument('names', nargs='+', help='table1, figure3 ...')
-    parser.add_argument('--profile', default='', help='smoke, quick, mini or paper')
-    parser.add_argument('-p', dest='parameters', nargs=2, action='append', default=[], metavar=('PARAMETER', 'VALUE'),
-                        help='one more parameter of their notebooks')
+    offer_parameters(parser)
     parser.add_argument('--store', help='folder of the store; default $CMIM_STORE or data/runs')
     parser.add_argument('--out', required=True, help='folder that gets the store, and the weights below weights/')
     parser.add_argument('--data-root', help='folder of the data sets, of which names of classes are kept')

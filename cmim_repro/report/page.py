@@ -70,6 +70,11 @@ def story(
 def _outputs(notebook): return [o for cell in (notebook or {'cells': ()})['cells'] for o in cell.get('outputs', ())]
 
 
+def _own_kinds(kind=Invalid):
+    "Names of the errors whose text is a sentence for the user."
+    return {kind.__name__}.union(*map(_own_kinds, kind.__subclasses__()))
+
+
 def failure(
     executed: dict, # An executed notebook
 )->str:
@@ -77,7 +82,7 @@ def failure(
     errors = [output for output in _outputs(executed) if output['output_type'] == 'error']
     if not errors: return ''
     name, value = errors[0]['ename'], (errors[0]['evalue'].strip().splitlines() or [''])[0]
-    return value if name in ('Invalid', 'Unusable', 'Damaged') else f'{name}: {value}'
+    return value if name in _own_kinds() else f'{name}: {value}'
 
 
 def progress_line(
