@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,14 @@ def test_the_list_of_commands_needs_no_torch_and_every_command_has_help():
     for name in COMMANDS:
         with pytest.raises(SystemExit) as ended: main([name, '--help'])
         assert ended.value.code == 0
+
+
+@pytest.mark.parametrize('place', [*dict.fromkeys(place for place, _ in COMMANDS.values()), 'report.book', 'experiments.then_and_now'])
+@pytest.mark.parametrize('words', [['--volume', '11'], ['-x'], ['a', 'b', 'c', '--profile']])
+def test_what_no_command_takes_is_one_sentence(place, words, capsys):
+    assert import_module(f'cmim_repro.{place}').main(words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith('error: ') and said.err.count('\n') == 1 and not said.out
 
 
 def test_a_door_that_draws_nothing_loads_nothing_that_draws():

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from .. import __version__
 from .answers import KINDS
 from .measures import Audit, audit
-from ..core import Invalid, OneSentence, atomic_write, check_choice, keyed_generator
+from ..core import Invalid, OneSentence, atomic_write, check_choice, command, keyed_generator
 from ..report.figures import ALPHA, simplex_html
 from ..report.formats import render
 from ..report.models import confused_classes
@@ -216,16 +216,13 @@ def _arguments(arguments):
     return parser.parse_args(arguments)
 
 
+@command
 def main(arguments=None)->int:
     "Measure what a classifier's answers give away: exit code 0, 1 for what --fail-on names, 2 for unusable input."
-    try:
-        args = _arguments(arguments)
-        found = audit(args.answers, args.labels, class_names=args.class_names, kind=args.kind, draws=args.draws)
-        wrong = failures(found, args.fail_on)
-        page, machine = write_report(found, args.out)
-    except Invalid as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    args = _arguments(arguments)
+    found = audit(args.answers, args.labels, class_names=args.class_names, kind=args.kind, draws=args.draws)
+    wrong = failures(found, args.fail_on)
+    page, machine = write_report(found, args.out)
     print(f'{args.answers} was read as {found.answers.kind}.', *findings(found), f'Report: {page}, {machine}', sep='\n')
     for sentence in wrong: print(f'failed: {sentence}', file=sys.stderr)
     return 1 if wrong else 0

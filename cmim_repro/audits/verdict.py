@@ -24,7 +24,7 @@ from .answers import Answers
 from .measures import Audit, Students, audit
 from .own_teacher import (ATTACKS, TUNED, audit_task, check_unchanged, network_options, own_teacher,
                                            try_out)
-from ..core import Invalid, OneSentence, check_number
+from ..core import Invalid, OneSentence, check_number, command
 from ..experiments.execution import load_data, log_progress, read_settings
 from ..experiments.profiles import Entry, attacked, candidates, choice_label, names, smoothed
 from ..experiments.runs import Plan, Run, make_run
@@ -317,20 +317,17 @@ def _arguments(arguments):
     return vars(parser.parse_args(arguments))
 
 # %% ../../nbs/audits/05_verdict.ipynb #a508ac84
+@command
 def main(arguments=None)->int:
     "Audit a network, or a file of answers: exit code 0, 1 for what --fail-on names, 2 for unusable input."
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not any(text.split('=')[0] == '--model' for text in arguments): return report.main(arguments)
-    try:
-        given = _arguments(arguments)
-        device, out, conditions = (given.pop(name) for name in ('device', 'out', 'fail_on'))
-        report.read_conditions(conditions)
-        found = audit_model(**given, settings=read_settings(device), progress=log_progress(stream=sys.stderr))
-        wrong = report.failures(found, conditions)
-        page, machine = report.write_report(found, out)
-    except Invalid as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    given = _arguments(arguments)
+    device, out, conditions = (given.pop(name) for name in ('device', 'out', 'fail_on'))
+    report.read_conditions(conditions)
+    found = audit_model(**given, settings=read_settings(device), progress=log_progress(stream=sys.stderr))
+    wrong = report.failures(found, conditions)
+    page, machine = report.write_report(found, out)
     said = [f'{found.verdict.capitalize()}. {found.reason}', *report.findings(found), f'Report: {page}, {machine}']
     print(*said, sep='\n')
     for sentence in wrong: print(f'failed: {sentence}', file=sys.stderr)

@@ -25,7 +25,8 @@ import pandas as pd
 import torch
 
 from ..attacks.knockoff import transfer_source
-from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, keyed_generator, project_root
+from ..core import (Invalid, OneSentence, Unusable, atomic_write, check_choice, check_number, command,
+                              keyed_generator, project_root)
 from ..defenses.core import objective, release
 from .execution import ROOM, load_data, make_method, make_network
 from .profiles import attacked, parse_overrides, protected, smoothed
@@ -653,7 +654,7 @@ def team_table(
 
 # %% ../../nbs/experiments/07_cost.ipynb #a24c74c7
 def _arguments(arguments):
-    parser = argparse.ArgumentParser(prog='python -m cmim_repro.experiments.cost', description=main.__doc__)
+    parser = OneSentence(prog='python -m cmim_repro.experiments.cost', description=main.__doc__)
     parser.add_argument('--data-set', default='cifar100',
                         help='a registered data set: sets what the next five leave open; the data are not needed')
     parser.add_argument('--networks', nargs='+')
@@ -687,22 +688,19 @@ def _asked(args):
         'num_samples': args.num_samples or size.train}
 
 # %% ../../nbs/experiments/07_cost.ipynb #a2e331e0
+@command
 def main(arguments=None):
     "Print the cost of a training step with CE and with CMIM for each network, or of students in teams."
     args = _arguments(arguments)
-    try:
-        settings = Settings(args.device, args.channels_last, args.compile, threads=args.threads)
-        networks, sizes = _asked(args)
-        facts = {**sizes, 'precision': args.precision, 'steps': args.steps, 'blocks': args.blocks, 'settings': settings,
-                 'options': parse_overrides(args.cmim),
-                 'progress': lambda line: print(line, file=sys.stderr, flush=True)}
-        with cpu_threads(settings.threads):
-            if args.teams: table = team_table(task_for('quick', 'digit_pairs'), repeats=args.blocks)
-            else: table = pd.concat([throughput(network, **facts) for network in networks], ignore_index=True)
-        if args.csv: table.to_csv(args.csv, index=False)
-    except (Invalid, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    settings = Settings(args.device, args.channels_last, args.compile, threads=args.threads)
+    networks, sizes = _asked(args)
+    facts = {**sizes, 'precision': args.precision, 'steps': args.steps, 'blocks': args.blocks, 'settings': settings,
+             'options': parse_overrides(args.cmim),
+             'progress': lambda line: print(line, file=sys.stderr, flush=True)}
+    with cpu_threads(settings.threads):
+        if args.teams: table = team_table(task_for('quick', 'digit_pairs'), repeats=args.blocks)
+        else: table = pd.concat([throughput(network, **facts) for network in networks], ignore_index=True)
+    if args.csv: table.to_csv(args.csv, index=False)
     facts = provenance(settings.resolve())
     print(f"{facts['device_name']}, threads: {settings.threads}, torch {facts['torch']}")
     print(table.to_string(index=False, float_format=lambda value: f'{value:.3g}'))

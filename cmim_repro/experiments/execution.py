@@ -9,7 +9,6 @@ __all__ = ['CHOOSING', 'JUDGING', 'ROOM', 'COMPUTING', 'OWNER', 'load_data', 'ma
            'end_with_owner', 'main']
 
 # %% ../../nbs/experiments/05_execution.ipynb #b550767a
-import argparse
 import json
 import os
 import shutil
@@ -26,7 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from ..attacks.knockoff import choose_queries, transfer_source
-from ..core import Invalid, Unusable, check_choice, check_number, keyed_generator
+from ..core import Invalid, OneSentence, Unusable, check_choice, check_number, command, keyed_generator
 from ..defenses.core import release
 from .profiles import parse_overrides
 from .runs import Plan, canonical, chain_answers, heard_by, registry_of, run_from_dict
@@ -630,9 +629,10 @@ def end_with_owner(
     threading.Thread(target=watch, daemon=True).start()
 
 # %% ../../nbs/experiments/05_execution.ipynb #bf3f2689
+@command
 def main(arguments=None):
     "Compute a plan file: `python -m cmim_repro.experiments.execution PLAN.json --store DIR`."
-    parser = argparse.ArgumentParser(prog='python -m cmim_repro.experiments.execution', description=main.__doc__)
+    parser = OneSentence(prog='python -m cmim_repro.experiments.execution', description=main.__doc__)
     parser.add_argument('plan', help='JSON list of runs, or one run.json')
     parser.add_argument('--store', help='folder of the store; default $CMIM_STORE or data/runs')
     parser.add_argument('--data-root', help='folder of the data sets; default $CMIM_DATA or data/downloads')
@@ -642,16 +642,12 @@ def main(arguments=None):
     parser.add_argument('--settings', default='', help='how it runs, for example "compile=True, threads=4"')
     parser.add_argument('--limit', type=int, default=64, help='most learners in a cohort')
     args = parser.parse_args(arguments)
-    try:
-        settings = read_settings(args.device, args.settings)
-        end_with_owner()
-        plan, store = read_plan(args.plan).check(), Store(args.store)
-        join_processes(settings.resolve())
-        progress = worker_progress() if os.environ.get(OWNER) else log_progress()
-        sentences = execute(plan, store, settings, args.data_root, args.allow_unverified, progress, args.limit)
-    except (Invalid, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    settings = read_settings(args.device, args.settings)
+    end_with_owner()
+    plan, store = read_plan(args.plan).check(), Store(args.store)
+    join_processes(settings.resolve())
+    progress = worker_progress() if os.environ.get(OWNER) else log_progress()
+    sentences = execute(plan, store, settings, args.data_root, args.allow_unverified, progress, args.limit)
     for sentence in sentences if process_rank() == 0 else (): print(sentence, file=sys.stderr)
     if processes() > 1: dist.destroy_process_group()
     return 0

@@ -33,7 +33,8 @@ import torch
 import torch.nn.functional as F
 
 from ..attacks.core import attack
-from ..core import Invalid, Unusable, check_choice, check_number, keyed_generator, project_root
+from ..core import (Invalid, OneSentence, Unusable, check_choice, check_number, command, keyed_generator,
+                              project_root)
 from .cost import Timed, matmul_peak, multiply_adds, throughput, timed
 from .execution import answers_of, execute, make_network
 from .profiles import attacked, candidates, names, narrowed, profile, protected, smoothed
@@ -629,7 +630,7 @@ def report(
 
 # %% ../../nbs/experiments/08_pilot.ipynb #cf2011d1
 def _arguments(arguments):
-    parser = argparse.ArgumentParser(prog='python -m cmim_repro.experiments.pilot', description=main.__doc__)
+    parser = OneSentence(prog='python -m cmim_repro.experiments.pilot', description=main.__doc__)
     parser.add_argument('--data-root', required=True, help='folder that holds cifar-100-python')
     parser.add_argument('--minutes', type=float, default=8., help='all that the pilot may take')
     parser.add_argument('--store', required=True, help='folder of the runs')
@@ -700,22 +701,19 @@ def _all(desk, arguments, skipped):
         if status and status != 2: _start(desk, arguments, 'table', desk.left(), '--plain')
 
 
+@command
 def main(arguments=None):
     "Tests, speed and a piece of Table 1 on a GPU, within minutes."
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     args = _arguments(arguments)
-    try:
-        desk, part, skipped = _read(args)
-        store = Store(args.store)
-        if args.inside: return _inside(args, desk, part)
-        facts = provenance(Settings(device=args.device).resolve())
-        desk.say(f"{facts['device_name']}, torch {facts['torch']}, revision {facts['revision']}, "
-                 f'{args.minutes:g} minutes, {part.epochs} epochs, images of a class: {dict(part.counts) or "all"}')
-        _all(desk, arguments, skipped)
-        report(desk, store)
-    except (Invalid, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    desk, part, skipped = _read(args)
+    store = Store(args.store)
+    if args.inside: return _inside(args, desk, part)
+    facts = provenance(Settings(device=args.device).resolve())
+    desk.say(f"{facts['device_name']}, torch {facts['torch']}, revision {facts['revision']}, "
+             f'{args.minutes:g} minutes, {part.epochs} epochs, images of a class: {dict(part.counts) or "all"}')
+    _all(desk, arguments, skipped)
+    report(desk, store)
     return 0
 
 

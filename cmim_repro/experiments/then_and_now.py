@@ -7,7 +7,6 @@ __all__ = ['PROBES', 'training_steps', 'short_worker', 'tiny_students', 'plannin
            'unpack', 'probed', 'side_by_side', 'main']
 
 # %% ../../nbs/experiments/10_then_and_now.ipynb #6ea77cf1
-import argparse
 import inspect
 import io
 import json
@@ -20,7 +19,7 @@ import tempfile
 
 import pandas as pd
 
-from ..core import Invalid, Unusable, check_choice, check_number, project_root
+from ..core import OneSentence, Unusable, check_choice, check_number, command, project_root
 
 # %% ../../nbs/experiments/10_then_and_now.ipynb #b893e7f1
 def training_steps():
@@ -243,22 +242,19 @@ def side_by_side(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/experiments/10_then_and_now.ipynb #a87092e0
+@command
 def main(arguments=None):
     "Measure an earlier revision and this one in turn."
-    parser = argparse.ArgumentParser(prog='python -m cmim_repro.experiments.then_and_now', description=main.__doc__)
+    parser = OneSentence(prog='python -m cmim_repro.experiments.then_and_now', description=main.__doc__)
     parser.add_argument('--then', default='b8e6cf7', help='the earlier revision')
     parser.add_argument('--probes', default=' '.join(PROBES), help='names of pieces of work')
     parser.add_argument('--repeats', type=int, default=3, help='how often, after once that does not count')
     parser.add_argument('--out', default='', help='a CSV file to write')
     args = parser.parse_args(arguments)
-    try:
-        for name in (probes := args.probes.replace(',', ' ').split()): check_choice('probe', name, PROBES)
-        with tempfile.TemporaryDirectory() as folder:
-            unpack(args.then, folder)
-            table = side_by_side(folder, project_root(), probes, args.repeats)
-    except (Invalid, Unusable) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    for name in (probes := args.probes.replace(',', ' ').split()): check_choice('probe', name, PROBES)
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(args.then, folder)
+        table = side_by_side(folder, project_root(), probes, args.repeats)
     print(table.round(3).to_string(index=False))
     if args.out: table.round(4).to_csv(args.out, index=False)
     return 0

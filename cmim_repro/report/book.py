@@ -7,7 +7,6 @@ __all__ = ['PARTS', 'SETTINGS', 'title', 'parts', 'contents', 'reference_page', 
            'write_sources', 'build', 'main']
 
 # %% ../../nbs/report/11_book.ipynb #1e262903
-import argparse
 import contextlib
 import importlib
 import inspect
@@ -20,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ..core import Invalid, Unusable, atomic_write, project_root
+from ..core import Invalid, OneSentence, Unusable, atomic_write, command, project_root
 from .page import page_html
 
 # %% ../../nbs/report/11_book.ipynb #9f9b609b
@@ -225,15 +224,13 @@ def build(
     return [line.partition(f'{sources}/')[2] or line for line in plain.splitlines() if line.strip()]
 
 # %% ../../nbs/report/11_book.ipynb #4b2acf8e
+@command
 def main(arguments=None):
     "Build the book."
-    parser = argparse.ArgumentParser(prog='python -m cmim_repro.report.book', description=main.__doc__)
+    parser = OneSentence(prog='python -m cmim_repro.report.book', description=main.__doc__)
     parser.add_argument('--out', default='', help='folder of the book; empty: figures/book in the checkout')
     out = parser.parse_args(arguments).out or project_root()/'figures'/'book'
-    try: warnings = build(out)
-    except (Invalid, Unusable) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    warnings = build(out)
     for line in warnings: print(f'warning: {line}', file=sys.stderr)
     print(f'Book: {Path(out)/"index.html"}')
     return 1 if warnings else 0

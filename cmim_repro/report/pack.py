@@ -9,11 +9,10 @@ __all__ = ['class_names', 'shown_models', 'pack', 'keep_weights', 'main']
 import io
 import json
 import lzma
-import sys
 import tarfile
 from pathlib import Path
 
-from ..core import Invalid, OneSentence, Unusable, atomic_write
+from ..core import OneSentence, Unusable, atomic_write, command
 from ..experiments.execution import load_data
 from ..experiments.profiles import is_null
 from ..experiments.runs import Plan, victim_of
@@ -96,6 +95,7 @@ def keep_weights(
     return list(names)
 
 # %% ../../nbs/report/13_pack.ipynb #126e2c27
+@command
 def main(arguments=None)->int:
     "Keep the finished runs of tables and figures in one file, a store that may only be read."
     parser = OneSentence(prog='python -m cmim_repro pack', description=main.__doc__)
@@ -105,18 +105,14 @@ def main(arguments=None)->int:
     parser.add_argument('--out', required=True, help='folder that gets the store, and the weights below weights/')
     parser.add_argument('--data-root', help='folder of the data sets, of which names of classes are kept')
     parser.add_argument('--weights', type=int, metavar='SEED', help='keep the weights of the teachers of this seed')
-    try:
-        args = parser.parse_args(arguments)
-        asked = {'profile': args.profile, **dict(args.parameters)}
-        entries = [entry for name in args.names for entry in entries_of(name, **asked)]
-        if args.store and not Path(args.store).is_dir(): raise Unusable(f'There is no store {args.store}.')
-        store, out = Store(args.store), Path(args.out).absolute()
-        content = pack(entries, store, class_names(entries, args.data_root))
-        atomic_write(f'{args.out}/store/{PACK}', content)
-        kept = [] if args.weights is None else keep_weights(entries, store, args.weights, out.parent, out.name)
-    except Invalid as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    args = parser.parse_args(arguments)
+    asked = {'profile': args.profile, **dict(args.parameters)}
+    entries = [entry for name in args.names for entry in entries_of(name, **asked)]
+    if args.store and not Path(args.store).is_dir(): raise Unusable(f'There is no store {args.store}.')
+    store, out = Store(args.store), Path(args.out).absolute()
+    content = pack(entries, store, class_names(entries, args.data_root))
+    atomic_write(f'{args.out}/store/{PACK}', content)
+    kept = [] if args.weights is None else keep_weights(entries, store, args.weights, out.parent, out.name)
     print(f'{len(Plan.of([e.run for e in entries]).runs)} runs, {len(content)/1e6:.1f} MB: {args.out}/store/{PACK}')
     for name in kept: print(f'weights {name}')
     return 0

@@ -8,7 +8,6 @@ __all__ = ['ABOUT', 'BESIDE', 'EARLIER', 'EXTRAS', 'FORMATS', 'read_notebook', '
            'page_html', 'write_page', 'main']
 
 # %% ../../nbs/report/10_page.ipynb #b301ea84
-import argparse
 import html
 import json
 import logging
@@ -28,7 +27,7 @@ from urllib.parse import quote
 
 import mistune
 
-from ..core import Invalid, Unusable, atomic_write, check_choice, project_root
+from ..core import Invalid, OneSentence, Unusable, atomic_write, check_choice, command, project_root
 from ..experiments.execution import alive
 from .exhibit import TOLD, Exhibit, declared, notebook_of
 from .formats import remove_unfinished, render
@@ -378,7 +377,7 @@ def write_page(
 
 # %% ../../nbs/report/10_page.ipynb #e86f5245
 def _arguments(arguments):
-    parser = argparse.ArgumentParser(prog='python -m cmim_repro.report.page', description=main.__doc__)
+    parser = OneSentence(prog='python -m cmim_repro.report.page', description=main.__doc__)
     parser.add_argument('name', nargs='?', help='table1, figure3 ...: run its notebook; none: write the page')
     parser.add_argument('--profile', default=os.environ.get('CMIM_PROFILE') or 'quick', help=', '.join(ABOUT))
     parser.add_argument('-p', dest='parameters', nargs=2, action='append', default=[], metavar=('PARAMETER', 'VALUE'),
@@ -412,17 +411,14 @@ def _run(args, figures, places):
     return draw(source, figures/'executed'/args.profile/source.name, given, tell, check)
 
 
+@command
 def main(arguments=None):
     "Run the notebook of a table or figure, or write the page that shows them all."
     args = _arguments(arguments)
     figures, places = Path(args.figures or project_root()/'figures').resolve(), exhibits(project_root()/'nbs')
-    try:
-        if not places: raise Unusable(f"{project_root()/'nbs'} holds no tables and figures; run inside a checkout.")
-        if args.name: return 1 if _run(args, figures, places) else 0
-        print(f'Page: {write_page(figures)}')
-    except Invalid as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    if not places: raise Unusable(f"{project_root()/'nbs'} holds no tables and figures; run inside a checkout.")
+    if args.name: return 1 if _run(args, figures, places) else 0
+    print(f'Page: {write_page(figures)}')
     failed = [name for name in args.made if (figures/'executed'/args.profile/f'run_{name}.failed').exists()]
     if failed: print(f"error: {', '.join(failed)} failed; the reasons are above.", file=sys.stderr)
     return 1 if failed else 0

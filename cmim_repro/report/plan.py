@@ -7,10 +7,9 @@ __all__ = ['entries_of', 'planned', 'offer_parameters', 'main']
 
 # %% ../../nbs/report/12_plan.ipynb #ec3164c9
 import json
-import sys
 from importlib import import_module
 
-from ..core import Invalid, OneSentence, atomic_write, check_choice, project_root
+from ..core import OneSentence, atomic_write, check_choice, command, project_root
 from ..experiments.runs import Plan
 from .exhibit import Exhibit
 from .page import exhibits
@@ -42,18 +41,15 @@ def offer_parameters(
                         help="one more parameter of the notebook, as papermill's -p")
 
 
+@command
 def main(arguments=None)->int:
     "Write the runs of a table or figure, teachers before students, as a list in JSON."
     parser = OneSentence(prog='python -m cmim_repro plan', description=main.__doc__)
     parser.add_argument('name', help='table1, figure3 ...')
     offer_parameters(parser)
     parser.add_argument('--out', default='PLAN.json', help='where to; default PLAN.json')
-    try:
-        args = parser.parse_args(arguments)
-        plan = planned(args.name, profile=args.profile, **dict(args.parameters))
-        atomic_write(args.out, json.dumps([run.to_dict() for run in plan.runs], indent=1) + '\n')
-    except Invalid as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    args = parser.parse_args(arguments)
+    plan = planned(args.name, profile=args.profile, **dict(args.parameters))
+    atomic_write(args.out, json.dumps([run.to_dict() for run in plan.runs], indent=1) + '\n')
     print(f'{len(plan.runs)} runs: {args.out}')
     return 0
