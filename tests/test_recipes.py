@@ -1,5 +1,7 @@
 "Recipes and weights chosen by name, and changes of single numbers: what they make of the paper's plan."
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -114,3 +116,25 @@ def test_published_weights_follow_the_data_set():
 def test_what_cannot_be_chosen_is_one_sentence(overrides, narrowing, words):
     with pytest.raises(Invalid) as refusal: runs(overrides, defenses='st', attacks='kd', **narrowing)
     assert words in str(refusal.value) and '\n' not in str(refusal.value)
+
+
+@pytest.mark.parametrize('nesterov', [False, True])
+def test_the_optimiser_is_sgd_bit_for_bit_and_loads_no_compiler(nesterov):
+    code = f'''
+import sys
+import torch
+from cmim_repro.lab.training import Recipe, sgd
+recipe, nets = Recipe(nesterov={nesterov}), [torch.nn.Linear(3, 2, bias=False) for _ in range(2)]
+nets[1].load_state_dict(nets[0].state_dict())
+def steps(net, optimizer):
+    for x in torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(1)):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+steps(nets[0], sgd(nets[0], recipe, torch.device('cpu'))[0])
+print(not any(name.startswith('torch._dynamo') for name in sys.modules))
+steps(nets[1], torch.optim.SGD(nets[1].parameters(), .1, .9, weight_decay=5e-4, nesterov={nesterov}))
+print(torch.equal(nets[0].weight, nets[1].weight))'''
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ['True', 'True']

@@ -51,13 +51,17 @@ def _trains(method):
     return registry.note(method, 'recipe') is not None if is_release else registry.note(method, 'trains', True)
 
 # %% ../../nbs/experiments/01_runs.ipynb #22ce0730
+_PLAIN = (str, int, bool, type(None))
+
+
 def _plain(value):
+    if type(value) in _PLAIN: return value
     if isinstance(value, Mapping): return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
     if isinstance(value, float) and value.is_integer(): return int(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise Invalid(f'{value!r} is no value for an option; it must be finite.')
-    if value is None or isinstance(value, (bool, int, float, str)): return value
+    if isinstance(value, (int, float, str)): return value
     raise Invalid(f'{value!r} is a {type(value).__name__}; an option must be a number, a text, a list of these, True, '
                   'False or None.')
 
@@ -72,11 +76,13 @@ def canonical(
 _ADDED = ('micro_batch', 'processes', 'evaluate_every', 'fused') # came later: recipes without them keep their ids
 
 
+_THEIR_DEFAULTS = {name: getattr(Recipe(), name) for name in _ADDED}
+
+
 def _described(recipe):
     "The recipe as it counts for an id."
-    default = Recipe()
     return {name: value for name, value in vars(recipe).items()
-            if name not in _ADDED or value != getattr(default, name)}
+            if name not in _ADDED or value != _THEIR_DEFAULTS[name]}
 
 # %% ../../nbs/experiments/01_runs.ipynb #7099f7e9
 @dataclass(frozen=True, eq=False)
@@ -97,16 +103,24 @@ class Run:
     @property
     def name(self): return f'{self.method}-{self.model}-{self.data}-s{self.seed}-{self.id}'
     @property
-    def json(self): return canonical(self.to_dict())
+    def json(self):
+        "`to_dict` as its one text; the teacher is the last in it."
+        return f'{canonical(self._own())[:-1]},"teacher":{self.teacher._json_of_teacher if self.teacher else "null"}}}'
+    @cached_property
+    def _json_of_teacher(self): return self.json # a teacher has many students
     @cached_property
     def kind(self): return kind_of(self.method)
     def __eq__(self, other): return isinstance(other, Run) and self.id == other.id
     def __hash__(self): return hash(self.id)
 
+    def _own(self):
+        "The description, but for the teacher."
+        plain = {name: getattr(self, name) for name in _FIELDS}
+        return {**plain, 'recipe': _described(self.recipe)}
+
     def to_dict(self):
         "The description, as it is written to run.json."
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**plain, 'recipe': _described(self.recipe), 'teacher': self.teacher and self.teacher.to_dict()}
+        return {**self._own(), 'teacher': self.teacher and self.teacher.to_dict()}
 
     @cached_property
     def trains(self):
@@ -117,6 +131,9 @@ class Run:
     def depth(self):
         "How many runs have to be finished one after another before this one can start."
         return 0 if self.teacher is None else 1 + self.teacher.depth
+
+
+_FIELDS = [f.name for f in fields(Run) if f.name != 'teacher']
 
 # %% ../../nbs/experiments/01_runs.ipynb #7725662c
 def make_run(
@@ -268,10 +285,11 @@ def _made(what, make, *args, **options):
         raise Invalid(f'{what} cannot be made with these options ({reason}).') from error
 
 
-def _check_data(run):
-    "Refuse a part of the data set that is none."
-    given = dataset.options(run.data, **run.data_options)
-    if not dataset.note(run.data, 'labelled', True): raise Invalid(f'{run.data} has no labels to train with.')
+@lru_cache(maxsize=256)
+def _checked_data(name, options):
+    "Refuse a part of a data set that is none."
+    given = dataset.options(name, **(options := json.loads(options)))
+    if not dataset.note(name, 'labelled', True): raise Invalid(f'{name} has no labels to train with.')
     classes = given.get('classes')
     if classes is not None and not isinstance(classes, list): check_number('classes', classes, 2, integer=True)
     if isinstance(classes, list) and len(classes) < 2: raise Invalid(f'classes is {classes}; name two at least.')
@@ -279,7 +297,10 @@ def _check_data(run):
     check_number('split_seed', given.get('split_seed', 0), 0, integer=True)
     if (size := given.get('image_size')) is not None: check_number('image_size', size, 8, 2**12, integer=True)
     if 'noise' in given: check_number('noise', given['noise'], 0)
-    if dataset.note(run.data, 'size'): return _made(run.data, size_of, run.data, run.data_options)
+    if dataset.note(name, 'size'): return _made(name, size_of, name, options)
+
+
+def _check_data(run): return _checked_data(run.data, canonical(run.data_options))
 
 # %% ../../nbs/experiments/01_runs.ipynb #5f1c7892
 @lru_cache(maxsize=256)
@@ -310,6 +331,17 @@ def _check_teacher(run):
                       f'{its.image_shape}; they must agree.')
 
 # %% ../../nbs/experiments/01_runs.ipynb #755c1f99
+@lru_cache(maxsize=4096)
+def _check_method(method, options):
+    "Refuse a method that cannot be made for a small pretended task."
+    registry, options = registry_of(method), json.loads(options)
+    for option in registry.options(method):
+        if option != 'budget' and _is_count(options[option]): # else it would fill the memory here
+            check_number(option, options[option], -_LARGEST, _LARGEST)
+    facts = {name: value for name, value in _PRETENDED.items() if name in registry.context(method)}
+    _made(method, registry, method, **options, **facts)
+
+
 def check_options(
     run: Run, # The run to check
 ):
@@ -320,10 +352,7 @@ def check_options(
         (size.classes, tuple(size.image_shape)) if size else (100, (3, 32, 32))))
     for option in registry.options(run.method):
         if option not in run.options: raise Invalid(f'{run.name} lacks the option {option!r} of {run.method}.')
-        if option != 'budget' and _is_count(run.options[option]): # else it would fill the memory here
-            check_number(option, run.options[option], -_LARGEST, _LARGEST)
-    facts = {name: value for name, value in _PRETENDED.items() if name in registry.context(run.method)}
-    _made(run.method, registry, run.method, **run.options, **facts)
+    _check_method(run.method, canonical(run.options))
     if run.options.get('budget') == 1 and run.kind == 'attack': # batch normalisation has no mean of one image
         raise Invalid('budget is 1; a student needs two images at least.')
     if run.trains and run.recipe.micro_batch == 1:

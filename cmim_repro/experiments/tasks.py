@@ -71,7 +71,8 @@ class Task:
     def recipe(self, role, network, method):
         "The recipe for a network in the role of teacher or student."
         changes = {**self.recipes.get(network, {}), **self.recipes.get(method, {})}
-        return override(getattr(self, f'{role}_recipe'), **changes)
+        recipe = getattr(self, f'{role}_recipe')
+        return override(recipe, **changes) if changes else recipe
 
 # %% ../../nbs/experiments/02_tasks.ipynb #4bae1729
 RECIPES = {

@@ -10,6 +10,7 @@ __all__ = ['Recipe', 'learning_rate', 'Settings', 'cpu_threads', 'keep_freed_mem
 # %% ../../nbs/lab/03_training.ipynb #f1d4e749
 import copy
 import ctypes
+import inspect
 import io
 import json
 import math
@@ -232,6 +233,15 @@ class Progress:
         self.epoch, self.done = self.epoch + 1, 0
 
 # %% ../../nbs/lab/03_training.ipynb #2c0e46c7
+class _SGD(torch.optim.SGD):
+    "SGD that does not import torch's compiler, a second for every process that trains; it is never compiled."
+    add_param_group = inspect.unwrap(torch.optim.SGD.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.SGD.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.SGD.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.SGD.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.SGD.step))
+
+
 def sgd(
     model: torch.nn.Module, # On the device
     recipe: Recipe, # Optimisation
@@ -240,8 +250,8 @@ def sgd(
     "The optimiser, and on a GPU the tensor with its learning rate (else None), which a recorded step can read."
     cuda, r = device.type == 'cuda', recipe
     rate = torch.tensor(r.lr, device=device) if cuda else None
-    optimizer = torch.optim.SGD(model.parameters(), rate if cuda else r.lr, r.momentum, weight_decay=r.weight_decay,
-                                nesterov=r.nesterov, fused=cuda or None)
+    optimizer = _SGD(model.parameters(), rate if cuda else r.lr, r.momentum, weight_decay=r.weight_decay,
+                     nesterov=r.nesterov, fused=cuda or None)
     return optimizer, rate
 
 
