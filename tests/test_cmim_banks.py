@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from cmim_repro.core import Invalid, keyed_generator
 from cmim_repro.defenses.centroids import BatchBank, MemoryBank, ResampleBank, memory_bank_bytes
 from cmim_repro.defenses.core import objective
-from cmim_repro.lab.processes import gather_over_processes
+from cmim_repro.lab.processes import end_together, gather_over_processes
 from cmim_repro.theory.objective import draw_powers
 
 SAMPLES, CLASSES, N = 14, 3, 4
@@ -237,8 +237,7 @@ def worker(rank, world, folder):
     import cmim_repro.defenses.centroids as module
     module.GROUP = 4
     torch.save([training(kind, every, rank, world) for kind, every in KINDS], f'{folder}/{rank}.pt')
-    dist.barrier()
-    dist.destroy_process_group()
+    end_together()
 
 
 @pytest.fixture(scope='module')

@@ -17,6 +17,7 @@ from cmim_repro.defenses.core import objective
 from cmim_repro.experiments.runs import Plan, make_run
 from cmim_repro.experiments.store import Store
 from cmim_repro.lab.data.core import dataset
+from cmim_repro.lab.processes import end_together
 from cmim_repro.lab.training import Learner, Recipe, Settings, initialised, train
 
 DIGITS = {'per_class': 32, 'test_per_class': 10}
@@ -51,7 +52,7 @@ def _child(rank, world, place, micro_batch):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{place}/meeting', rank=rank, world_size=world)
     torch.save(histories(micro_batch), place/f'{rank}.pt')
-    dist.destroy_process_group()
+    end_together()
 
 
 @pytest.mark.parametrize('world, micro_batch', [(2, 0), pytest.param(3, 0, marks=pytest.mark.slow), (2, 7)])

@@ -1,7 +1,6 @@
 """Mixup and extra: formulas written out number by number, questions that are really asked, and labels that are really missing."""
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from cmim_repro.experiments.execution import execute
 from cmim_repro.experiments.runs import Plan, make_run
 from cmim_repro.experiments.store import Store
 from cmim_repro.lab.data.core import dataset
+from cmim_repro.lab.processes import end_together
 from cmim_repro.lab.training import Learner, Recipe, Settings, initialised, mixtures, train
 from cmim_repro.report.paper import ATTACKS, label
 
@@ -217,8 +217,7 @@ def _child(rank, world, place, micro_batch):
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{place}/meeting', rank=rank, world_size=world)
     torch.save(weights(micro_batch), place/f'{rank}.pt')
-    dist.destroy_process_group()
-    os._exit(0) # at its end the interpreter now and then aborts in a thread of gloo, when all is done
+    end_together()
 
 
 def weights(micro_batch=0):

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import filelock
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from ..attacks.knockoff import choose_queries, transfer_source
@@ -34,7 +33,8 @@ from ..lab.data.core import SPLITS, batch_places, dataset, rank_share, step_coun
 from ..lab.models.core import model
 from ..lab.capture import Captured
 from ..lab.training import Learner, Settings, cpu_threads, initialised, train
-from ..lab.processes import agreed, gather_over_processes, join_processes, process_rank, processes
+from ..lab.processes import (agreed, end_together, gather_over_processes, join_processes, process_rank,
+                                      processes)
 
 # %% ../../nbs/experiments/05_execution.ipynb #5e033ee9
 @lru_cache(maxsize=4)
@@ -649,7 +649,7 @@ def main(arguments=None):
     progress = worker_progress() if os.environ.get(OWNER) else log_progress()
     sentences = execute(plan, store, settings, args.data_root, args.allow_unverified, progress, args.limit)
     for sentence in sentences if process_rank() == 0 else (): print(sentence, file=sys.stderr)
-    if processes() > 1: dist.destroy_process_group()
+    end_together()
     return 0
 
 # %% ../../nbs/experiments/05_execution.ipynb #77bc7315
