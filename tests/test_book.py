@@ -100,7 +100,6 @@ def test_without_sphinx_it_says_what_to_install(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: The book needs Sphinx and its parts: pip install -e '.[book]'.\n"
 
 
-@pytest.mark.slow
 def test_the_book_is_built_and_opens_from_the_disk(tmp_path):
     "All of it, from the command, without a warning; and again over itself."
     pytest.importorskip('sphinx', reason="Sphinx is not installed; pip install '.[book]'")

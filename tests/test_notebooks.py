@@ -53,6 +53,12 @@ def test_a_cell_fits_on_a_screen(path):
 
 
 @every_notebook
+def test_a_notebook_names_its_kernel(path):
+    "JupyterLab asks for one otherwise, and changes the file."
+    assert json.loads(path.read_text(encoding='utf-8'))['metadata']['kernelspec']['name'] == 'python3'
+
+
+@every_notebook
 def test_a_notebook_is_small(path):
     assert path.stat().st_size <= 1000*KILOBYTES and len(cells(path, 'code')) <= CELLS
 

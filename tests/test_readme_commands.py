@@ -23,6 +23,7 @@ AS_PRINTED = {
     'papermill nbs/run_table1.ipynb OUT.ipynb -p profile paper -p plan_only True': 'OUT.ipynb',
     'papermill nbs/run_table1.ipynb OUT.ipynb -p profile mini -p defenses "ce, ls, cmim:weight=0.5, cmim, top1" -p tuned "kd, dkd, dist" '
     '-p store data/results/mini/store': 'figures/mini/table1.csv',
+    'papermill nbs/run_table1.ipynb OUT.ipynb -p profile quick -p store data/results/quick/store': 'figures/quick/table1.csv',
     'python -m cmim_repro plan table1 --profile paper -p executor torchrun:8 --out PLAN.json': 'PLAN.json',
     'python -m cmim_repro audit answers.npz --out report': 'report/audit.html',
     'papermill nbs/run_audit.ipynb OUT.ipynb -p answers answers.npz': 'OUT.ipynb',

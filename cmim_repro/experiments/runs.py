@@ -84,6 +84,12 @@ def _described(recipe):
     return {name: value for name, value in vars(recipe).items()
             if name not in _ADDED or value != _THEIR_DEFAULTS[name]}
 
+
+def _own(run):
+    "The description of a run, but for its teacher."
+    own = {f.name: getattr(run, f.name) for f in fields(run) if f.name != 'teacher'}
+    return {**own, 'recipe': _described(run.recipe)}
+
 # %% ../../nbs/experiments/01_runs.ipynb #7099f7e9
 @dataclass(frozen=True, eq=False)
 class Run:
@@ -102,25 +108,17 @@ class Run:
     def id(self): return hashlib.sha256(self.json.encode()).hexdigest()[:16]
     @property
     def name(self): return f'{self.method}-{self.model}-{self.data}-s{self.seed}-{self.id}'
-    @property
-    def json(self):
-        "`to_dict` as its one text; the teacher is the last in it."
-        return f'{canonical(self._own())[:-1]},"teacher":{self.teacher._json_of_teacher if self.teacher else "null"}}}'
     @cached_property
-    def _json_of_teacher(self): return self.json # a teacher has many students
+    def json(self): # `to_dict` as its one text: the teacher, which has many students, is the last in it
+        return f'{canonical(_own(self))[:-1]},"teacher":{self.teacher.json if self.teacher else "null"}}}'
     @cached_property
     def kind(self): return kind_of(self.method)
     def __eq__(self, other): return isinstance(other, Run) and self.id == other.id
     def __hash__(self): return hash(self.id)
 
-    def _own(self):
-        "The description, but for the teacher."
-        plain = {name: getattr(self, name) for name in _FIELDS}
-        return {**plain, 'recipe': _described(self.recipe)}
-
     def to_dict(self):
         "The description, as it is written to run.json."
-        return {**self._own(), 'teacher': self.teacher and self.teacher.to_dict()}
+        return {**_own(self), 'teacher': self.teacher and self.teacher.to_dict()}
 
     @cached_property
     def trains(self):
@@ -131,9 +129,6 @@ class Run:
     def depth(self):
         "How many runs have to be finished one after another before this one can start."
         return 0 if self.teacher is None else 1 + self.teacher.depth
-
-
-_FIELDS = [f.name for f in fields(Run) if f.name != 'teacher']
 
 # %% ../../nbs/experiments/01_runs.ipynb #7725662c
 def make_run(
@@ -341,7 +336,7 @@ def _check_method(method, options):
     facts = {name: value for name, value in _PRETENDED.items() if name in registry.context(method)}
     _made(method, registry, method, **options, **facts)
 
-
+# %% ../../nbs/experiments/01_runs.ipynb #218757a9
 def check_options(
     run: Run, # The run to check
 ):

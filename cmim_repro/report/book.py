@@ -121,7 +121,8 @@ def without_dead_links(
 def without_directives(
     notebook: dict, # As JSON
 )->dict:
-    "The notebook without nbdev's lines `#|`, and without the cells that these hide or that are nothing else."
+    """The notebook without nbdev's lines `#|`, and without the cells that these hide or that are nothing else; one that
+    names no language is Python."""
     kept = []
     for cell in notebook['cells']:
         lines = ''.join(cell['source']).splitlines()
@@ -129,7 +130,8 @@ def without_directives(
         source = '\n'.join(line for line in lines if line not in told).strip('\n')
         if source and not any(re.fullmatch(r'#\| *hide', line.strip()) for line in told):
             kept.append({**cell, 'source': source})
-    return {**notebook, 'cells': kept}
+    metadata = {'language_info': {'name': 'python'}, **notebook.get('metadata', {})}
+    return {**notebook, 'cells': kept, 'metadata': metadata}
 
 # %% ../../nbs/report/11_book.ipynb #1c5d4cfd
 def _toctree(caption, entries):

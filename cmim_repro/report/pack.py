@@ -23,13 +23,12 @@ from .plan import entries_of, offer_parameters
 
 # %% ../../nbs/report/13_pack.ipynb #82a02be9
 _FILES = 'run.json', 'metrics.jsonl', 'result.json', 'diverged.json'
-_KEPT = 'test', 'test_labels', 'held_out', 'held_out_labels'
 
 
-def _answers(run, store):
+def _answers(run, store, splits):
     "What a model answers, rounded, as the bytes of a safetensors file."
     kept = store.tensors(run, 'log_probs.safetensors')
-    found = {name: kept[name] for name in _KEPT if name in kept}
+    found = {name: kept[name] for split in splits for name in (split, f'{split}_labels') if name in kept}
     return sealed_tensors(run, {k: v.half() if v.is_floating_point() else v for k, v in found.items()})[0]
 
 
@@ -55,9 +54,11 @@ def pack(
     entries: list, # `Entry`s
     store, # A `Store` in which all of them are finished
     names=None, # `classes_key` to names of the classes
+    training_answers: bool=False, # Keep the answers on training images too, where the store has them
 )->bytes:
     "An archive of the runs and all that they depend on; the same runs give the same bytes."
     runs, shown, files = Plan.of([e.run for e in entries]).runs, shown_models(entries), {}
+    splits = ('test', 'held_out', *(['train'] if training_answers else []))
     missing = [run for run in runs if not store.finished(run)]
     if missing:
         raise Unusable(f'{len(missing)} of {len(runs)} runs are not finished in {store.root}, {missing[0].name} among '
@@ -65,7 +66,7 @@ def pack(
     for run in runs:
         for name in _FILES:
             if (content := store.content(run, name)) is not None: files[f'{run.name}/{name}'] = content
-        if run in shown and store.result(run): files[f'{run.name}/log_probs.safetensors'] = _answers(run, store)
+        if run in shown and store.result(run): files[f'{run.name}/log_probs.safetensors'] = _answers(run, store, splits)
     if names: files['classes.json'] = json.dumps(names, indent=1).encode()
     whole = io.BytesIO()
     with tarfile.open(fileobj=whole, mode='w') as archive:
@@ -104,13 +105,15 @@ def main(arguments=None)->int:
     parser.add_argument('--store', help='folder of the store; default $CMIM_STORE or data/runs')
     parser.add_argument('--out', required=True, help='folder that gets the store, and the weights below weights/')
     parser.add_argument('--data-root', help='folder of the data sets, of which names of classes are kept')
+    parser.add_argument('--training-answers', action='store_true', help='keep the answers on training images too, '
+                        'where the store has them: table4, beyond1 and beyond2 show them')
     parser.add_argument('--weights', type=int, metavar='SEED', help='keep the weights of the teachers of this seed')
     args = parser.parse_args(arguments)
     asked = {'profile': args.profile, **dict(args.parameters)}
     entries = [entry for name in args.names for entry in entries_of(name, **asked)]
     if args.store and not Path(args.store).is_dir(): raise Unusable(f'There is no store {args.store}.')
     store, out = Store(args.store), Path(args.out).absolute()
-    content = pack(entries, store, class_names(entries, args.data_root))
+    content = pack(entries, store, class_names(entries, args.data_root), args.training_answers)
     atomic_write(f'{args.out}/store/{PACK}', content)
     kept = [] if args.weights is None else keep_weights(entries, store, args.weights, out.parent, out.name)
     print(f'{len(Plan.of([e.run for e in entries]).runs)} runs, {len(content)/1e6:.1f} MB: {args.out}/store/{PACK}')
