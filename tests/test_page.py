@@ -162,6 +162,8 @@ def test_the_first_column_stays_when_a_wide_table_is_scrolled(browser, figures):
     before = first.bounding_box()['x']
     assert table.evaluate('x => { x.scrollLeft = 300; return x.scrollLeft }') == 300
     assert abs(first.bounding_box()['x'] - before) < 1
+    kept = "[...document.querySelectorAll('.scroll tr:not(.section) > :first-child')].map(x => x.getBoundingClientRect().width)"
+    assert max(visit.page.evaluate(kept)) < 200 # it leaves room for the others
     visit.close()
 
 
