@@ -202,7 +202,7 @@ def test_a_verdict_is_made_at_few_looks_whose_errors_sum_to_less_than_five_per_c
     clear = lambda method, arm: .9 if arm == 'own' else .7
     for seeds in (1, 3, 5):
         _, verdict, reason, left = say(clear, seeds)
-        assert verdict == 'undecided' and 'the next look is at' in reason and not left <= 0
+        assert verdict == 'undecided' and 'when the next look is' in reason and not left <= 0
     assert sum(1 - confidence_at(look) for look in LOOKS) < .05 and confidence_at(5) == confidence_at(6)
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from cmim_repro.core import Invalid, default_store
 from cmim_repro.experiments.execution import read_settings
+from cmim_repro.report import pack, plan
 from cmim_repro.report.page import main
 
 ROOT = Path(__file__).parents[1]
@@ -45,8 +46,8 @@ def test_a_wheel_holds_every_printed_value(tmp_path):
 
 def test_the_page_without_a_checkout_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr('cmim_repro.report.page.project_root', lambda: tmp_path)
-    for arguments in ([], ['table1']):
-        assert main(arguments) == 2
+    for door, arguments in ((main, []), (main, ['table1']), (plan.main, ['table1']), (pack.main, ['table1', '--out', str(tmp_path)])):
+        assert door(arguments) == 2
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1 and 'run inside a checkout' in lines[0]
 

@@ -124,7 +124,7 @@ def judged(
     verdict, reason = found.verdict, found.reason
     if seeds not in LOOKS:
         following = next((look for look in LOOKS if look > seeds), None)
-        verdict, reason = 'undecided', f'{seeds} seeds are finished; the next look is at {following}.'
+        verdict, reason = 'undecided', f'{seeds} of {following} seeds are finished, and that is when the next look is.'
     left = seeds_left(students, base, seeds, margin) if verdict == 'undecided' else 0
     return found.table, verdict, reason, left
 

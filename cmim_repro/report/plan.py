@@ -9,10 +9,10 @@ __all__ = ['entries_of', 'planned', 'offer_parameters', 'main']
 import json
 from importlib import import_module
 
-from ..core import OneSentence, atomic_write, check_choice, command, project_root
+from ..core import OneSentence, atomic_write, check_choice, command
 from ..experiments.runs import Plan
 from .exhibit import Exhibit
-from .page import exhibits
+from .page import exhibits_here
 
 # %% ../../nbs/report/12_plan.ipynb #8219f270
 def entries_of(
@@ -20,7 +20,7 @@ def entries_of(
     **parameters, # As its notebook declares them, as text
 )->list:
     "What a table or figure shows, as `Entry`s."
-    check_choice('table or figure', name, exhibits(project_root()/'nbs'))
+    check_choice('table or figure', name, exhibits_here())
     return Exhibit(name, parameters).give(import_module(f'cmim_repro.exhibits.{name}').entries)
 
 

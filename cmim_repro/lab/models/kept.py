@@ -62,7 +62,8 @@ def read_weights(
     except FileNotFoundError as error:
         kept = sorted(path.parents[2].glob('*/weights/*.safetensors'))
         names = (f"{p.parents[1].name}/{'/'.join(p.stem.rsplit('-', 1)).replace(',', ':')}" for p in kept)
-        raise Unusable(f"No weights {weights} are kept; there are: {', '.join(names) or 'none'}.") from error
+        found = ', '.join(names) or 'none, they are part of a checkout'
+        raise Unusable(f'No weights {weights} are kept; there are: {found}.') from error
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise Unusable(f'{path} is damaged ({error}); restore it with git.') from error
 
