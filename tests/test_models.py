@@ -176,7 +176,7 @@ def test_compiled_cnn_small(): check_compiled('cnn_small', (1, 8, 8))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', sorted({*NAMES} - {'own'})) # somebody else's, behind checks that a graph cannot hold
 def test_compiled(name): check_compiled(name, shape_of(name))
 
 
