@@ -46,6 +46,7 @@ DRY = { # what takes minutes or is this very test; make says what it would do, a
     'make pilot DATA=DIR': 'cmim_repro.experiments.pilot --data-root DIR', # test_pilot
 }
 
+
 def test_all_of_them_are_known():
     assert PRINTED == {*AS_PRINTED, *SMALLER, *DRY}
 
@@ -93,6 +94,7 @@ def ran(command, folder):
 @pytest.mark.parametrize('command', AS_PRINTED)
 def test_as_printed(command, checkout):
     expected = AS_PRINTED[command]
+    (checkout/expected).unlink(missing_ok=True) # another command's
     said = ran(command, checkout)
     assert expected in said or (checkout/expected).stat().st_size > 100
     if expected.startswith('figures/'): assert (checkout/expected).read_text() == (ROOT/expected.replace('figures', 'data/results')).read_text()

@@ -19,7 +19,8 @@ from ..experiments.runs import Plan, victim_of
 from ..experiments.store import PACK, Store, classes_key, sealed_tensors
 from ..lab.data.core import size_of
 from ..lab.models.kept import weights_file, weights_path
-from .plan import entries_of, offer_parameters
+from .page import offer_parameters
+from .plan import entries_of
 
 # %% ../../nbs/report/13_pack.ipynb #82a02be9
 _FILES = 'run.json', 'metrics.jsonl', 'result.json', 'diverged.json'

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ABOUT', 'BESIDE', 'EARLIER', 'EXTRAS', 'FORMATS', 'read_notebook', 'exhibits', 'exhibits_here', 'story', 'failure',
            'progress_line', 'draw', 'Shelf', 'shelves', 'files_of', 'plain_math', 'to_page', 'table_parts',
-           'executed_copy', 'on_shelf', 'page_html', 'write_page', 'main']
+           'executed_copy', 'on_shelf', 'page_html', 'write_page', 'offer_parameters', 'main']
 
 # %% ../../nbs/report/10_page.ipynb #b301ea84
 import html
@@ -382,12 +382,20 @@ def write_page(
     return path
 
 # %% ../../nbs/report/10_page.ipynb #e86f5245
+def offer_parameters(
+    parser, # An argument parser
+    profile: str='', # The profile that is meant if none is given
+):
+    "Let a command take a profile and the parameters of notebooks: `args.profile` and `args.parameters`."
+    parser.add_argument('--profile', default=profile, help=', '.join(ABOUT))
+    parser.add_argument('-p', dest='parameters', nargs=2, action='append', default=[], metavar=('PARAMETER', 'VALUE'),
+                        help="one more parameter of the notebook, as papermill's -p")
+
+
 def _arguments(arguments):
     parser = OneSentence(prog='python -m cmim_repro.report.page', description=main.__doc__)
     parser.add_argument('name', nargs='?', help='table1, figure3 ...: run its notebook; none: write the page')
-    parser.add_argument('--profile', default=os.environ.get('CMIM_PROFILE') or 'quick', help=', '.join(ABOUT))
-    parser.add_argument('-p', dest='parameters', nargs=2, action='append', default=[], metavar=('PARAMETER', 'VALUE'),
-                        help="one more parameter for the notebook, as papermill's -p")
+    offer_parameters(parser, os.environ.get('CMIM_PROFILE') or 'quick')
     parser.add_argument('--made', nargs='*', default=[], help='notebooks that were run: name those that failed')
     parser.add_argument('--figures', help='folder of the page and of the results; default figures in the checkout')
     return parser.parse_args(arguments)
