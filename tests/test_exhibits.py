@@ -16,7 +16,7 @@ from cmim_repro.exhibits import figure1, figure2, figure3, table1, table4, table
 from cmim_repro.experiments.profiles import Entry, narrowed, profile, protected
 from cmim_repro.experiments.store import Store
 from cmim_repro.lab.models.core import model
-from cmim_repro.report.exhibit import HOW, NARROWING, Exhibit, declared, read_parameters, repeat_command
+from cmim_repro.report.exhibit import HOW, NARROWING, Exhibit, chosen_parameters, declared, read_parameters, repeat_command
 from cmim_repro.report.formats import to_text
 from cmim_repro.report.models import model_curves, model_outputs
 from cmim_repro.report.page import exhibits
@@ -88,10 +88,10 @@ OTHER = {bool: True, int: 7, str: 'other', float: .5}
 def test_the_command_names_every_parameter_that_chooses_what_is_shown(path):
     name, defaults = name_of(path), declared(path)
     plain = f'papermill nbs/{path.name} OUT.ipynb -p profile quick'
-    assert repeat_command(name, 'quick', defaults, defaults) == plain
+    assert repeat_command(name, chosen_parameters('quick', defaults, defaults)) == plain
     for key, default in defaults.items():
         other = OTHER[type(default)]
-        command = repeat_command(name, 'quick', {**defaults, key: other}, defaults)
+        command = repeat_command(name, chosen_parameters('quick', {**defaults, key: other}, defaults))
         assert command == (plain if key in HOW else f'{plain} -p {key} {other}')
         assert read_parameters(defaults,
                                dict(zip(shlex.split(command)[4::3], shlex.split(command)[5::3],

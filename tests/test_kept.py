@@ -9,26 +9,30 @@ import pytest
 import torch
 
 from cmim_repro.experiments.runs import run_from_dict
-from cmim_repro.experiments.store import PACK, packed_files
+from cmim_repro.experiments.store import PACK, Store, packed_files
 from cmim_repro.lab.models.core import model
 from cmim_repro.lab.models.kept import read_weights
+from cmim_repro.report.exhibit import Exhibit
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT/'data'/'results'
-NARROWED = {'mini': {'defenses': 'ce, ls, cmim:weight=0.5, cmim, top1', 'tuned': 'kd, dkd, dist'}, 'quick': {}}
 TABLES = 'table1.csv', 'table1_runs.csv', 'verdicts.csv', 'models.csv'
 
 
-@pytest.fixture(scope='module', params=NARROWED)
-def drawn(request, tmp_path_factory):
-    "Table 1 from the kept runs of a profile, without the data: the folder, and that of what is committed."
-    folder, profile = tmp_path_factory.mktemp('kept'), request.param
+def redrawn(name, profile, folder):
+    "The folder of an exhibit that a notebook draws from the kept runs of a profile, without the data."
     (folder/'store').mkdir()
     shutil.copy(KEPT/profile/'store'/PACK, folder/'store')
-    given = {'profile': profile, **NARROWED[profile], 'store': str(folder/'store'), 'figures': str(folder/'figures'), 'data_root': str(folder/'nowhere')}
-    papermill.execute_notebook(ROOT/'nbs'/'run_table1.ipynb', folder/'out.ipynb', given, progress_bar=False, cwd=folder)
+    given = {'profile': profile, 'store': str(folder/'store'), 'figures': str(folder/'figures'), 'data_root': str(folder/'nowhere')}
+    papermill.execute_notebook(ROOT/'nbs'/f'run_{name}.ipynb', folder/'out.ipynb', given, progress_bar=False, cwd=folder)
     assert {path.name for path in (folder/'store').iterdir()} <= {PACK, 'locks'} # nothing was computed
-    return folder/'figures', KEPT/profile
+    return folder/'figures'
+
+
+@pytest.fixture(scope='module', params=['mini', 'quick'])
+def drawn(request, tmp_path_factory):
+    "Table 1 from the kept runs of a profile: the folder, and that of what is committed."
+    return redrawn('table1', request.param, tmp_path_factory.mktemp('kept')), KEPT/request.param
 
 
 def test_kept_runs_draw_the_committed_table_again(drawn):
@@ -44,13 +48,35 @@ def test_kept_answers_draw_the_committed_pictures_again(drawn):
     assert len(pictures) == 2 and all((again/name).stat().st_size > 100_000 for name in pictures)
 
 
-def test_kept_runs_draw_another_exhibit_again(tmp_path):
-    shutil.copytree(KEPT/'quick'/'store', tmp_path/'store')
-    given = {'profile': 'quick', 'store': str(tmp_path/'store'), 'figures': str(tmp_path/'figures')}
-    papermill.execute_notebook(ROOT/'nbs'/'run_beyond1.ipynb', tmp_path/'out.ipynb', given, progress_bar=False, cwd=tmp_path)
-    names = 'beyond1_gains.csv', 'beyond1_over_null.csv'
-    assert [n for n in names if (tmp_path/'figures'/n).read_bytes() != (KEPT/'quick'/n).read_bytes()] == []
-    assert (tmp_path/'figures'/'beyond1_picture.png').stat().st_size > 50_000
+OTHERS = { # profile and exhibit to its files that are the same to the byte, and pictures
+    ('quick', 'beyond1'): (['beyond1_gains.csv', 'beyond1_over_null.csv'], ['beyond1_picture.png']),
+    ('mini', 'table8'): (['table8.csv', 'table8_tests.csv'], []),
+    ('mini', 'figure3'): ([], ['figure3.png']),
+}
+
+
+@pytest.mark.parametrize(('profile', 'name'), OTHERS)
+def test_kept_runs_draw_other_exhibits_again(profile, name, tmp_path):
+    figures, (same, pictures) = redrawn(name, profile, tmp_path), OTHERS[profile, name]
+    assert [n for n in same if (figures/n).read_bytes() != (KEPT/profile/n).read_bytes()] == []
+    assert all((figures/n).stat().st_size > 50_000 and (KEPT/profile/n).exists() for n in pictures)
+
+
+def test_what_a_store_lacks_is_said(tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match=r'holds 12 of the 36 runs of table5; the others need the data'):
+        redrawn('table5', 'mini', tmp_path)
+
+
+def asked(profile, **given):
+    return Exhibit('table1', {'profile': profile, 'store': str(KEPT/'mini'/'store'), **given}).chosen
+
+
+def test_what_is_not_given_is_as_it_was_packed(monkeypatch):
+    monkeypatch.delenv('CMIM_PROFILE', raising=False)
+    packed = Store(KEPT/'mini'/'store').asked('table1')
+    assert asked('mini') == asked('') == packed and packed['tuned'] == 'kd, dkd, dist'
+    assert asked('mini', defenses='ce', seeds='[0, 1]') == {**packed, 'defenses': 'ce', 'seeds': '[0, 1]'}
+    assert asked('smoke') == {'profile': 'smoke'} # another profile is another thing
 
 
 @pytest.mark.parametrize('folder', [path.parents[1] for path in KEPT.glob('*/store/runs.tar.xz')], ids=lambda path: path.name)

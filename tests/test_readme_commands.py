@@ -21,8 +21,7 @@ RUN = [f'papermill nbs/run_table1.ipynb OUT.ipynb -p profile {rest}' for rest in
 AS_PRINTED = {
     'make help': 'make table1', 'python -m cmim_repro --help': 'audit',
     'papermill nbs/run_table1.ipynb OUT.ipynb -p profile paper -p plan_only True': 'OUT.ipynb',
-    'papermill nbs/run_table1.ipynb OUT.ipynb -p profile mini -p defenses "ce, ls, cmim:weight=0.5, cmim, top1" -p tuned "kd, dkd, dist" '
-    '-p store data/results/mini/store': 'figures/mini/table1.csv',
+    'papermill nbs/run_table1.ipynb OUT.ipynb -p profile mini -p store data/results/mini/store': 'figures/mini/table1.csv',
     'papermill nbs/run_table1.ipynb OUT.ipynb -p profile quick -p store data/results/quick/store': 'figures/quick/table1.csv',
     'python -m cmim_repro plan table1 --profile paper -p executor torchrun:8 --out PLAN.json': 'PLAN.json',
     'python -m cmim_repro audit answers.npz --out report': 'report/audit.html',

@@ -74,7 +74,8 @@ def _tested(who, key, runs, ls):
         v = judge({attack: values}, ls)
         row = v.table.loc[attack]
         found = {'numbers': who, 'data': label(key[0]), 'model': label(key[2]), 'student': label(key[3]),
-                 'difference': f'{our_label(attack)} - LS', 'n': int(row['n']), **row[['mean', 'sd', 'low', 'high']]}
+                 'difference': f'{our_label(attack)} on {our_label(key[1])} - LS', 'n': int(row['n']),
+                 **row[['mean', 'sd', 'low', 'high']]}
         yield {**found, 't': row['mean']/row['sd']*math.sqrt(row['n']),
                'p (two-sided)': 2*min(row['p_up'], row['p_down']), 'verdict': v.verdict, 'why': v.reason}
 

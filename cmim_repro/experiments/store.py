@@ -298,6 +298,11 @@ class StoredRuns(_Results):
         kept = packed_files(self.root).get('classes.json')
         return json.loads(kept).get(classes_key(run)) if kept else None
 
+    def asked(self, exhibit:str)->dict:
+        "Parameter to text: what a table or figure was asked for when the store's `PACK` was made; else nothing."
+        kept = packed_files(self.root).get('asked.json')
+        return json.loads(kept).get(exhibit, {}) if kept else {}
+
     def packed(self, run:Run)->bool:
         "Are the files of this run in the store's `PACK`? There are no weights in it."
         return f'{run.name}/run.json' in packed_files(self.root)

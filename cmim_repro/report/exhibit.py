@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'HOW', 'OR_NAMES', 'NARROWING', 'TOLD', 'notebook_of', 'declared', 'read_value', 'read_parameters',
-           'repeat_command', 'Named', 'Asked', 'Answered', 'Given', 'tell', 'Checked', 'Planned', 'Published',
-           'Exhibit']
+           'chosen_parameters', 'repeat_command', 'Named', 'Asked', 'Answered', 'Given', 'tell', 'Checked', 'Planned',
+           'Published', 'Exhibit']
 
 # %% ../../nbs/report/09_exhibit.ipynb #4ee9ae34
 import ast
@@ -34,7 +34,7 @@ from ..experiments.workers import compute, process_count, read_executor, torchru
 from ..experiments.profiles import names, parse_overrides, read_seeds
 from ..experiments.profiles import profile as find_profile
 from ..experiments.runs import Plan
-from ..experiments.store import Store
+from ..experiments.store import PACK, Store
 from .figures import Picture, save_picture
 from .formats import Table, html_table, remove_unfinished, save_table
 from .models import confused_classes, tuned
@@ -123,18 +123,23 @@ def read_parameters(
     return {name: read_value(name, variables.get(name, default), default) for name, default in defaults.items()}
 
 
-def repeat_command(
-    name: str, # table1, figure3 ...
+def chosen_parameters(
     profile: str, # The profile's name
     parameters: Mapping, # As `read_parameters` gives
     defaults: Mapping, # As `declared` gives
+)->dict:
+    "Parameter to text, for every one that chose what is shown."
+    changed = {key: value for key, value in parameters.items() if key not in HOW and value != defaults[key]}
+    return {'profile': profile, **{k: str(list(v) if isinstance(v, tuple) else v) for k, v in changed.items()}}
+
+
+def repeat_command(
+    name: str, # table1, figure3 ...
+    chosen: Mapping, # As `chosen_parameters` gives
 )->str:
-    "The papermill command that makes the same again, with every parameter that chose what is shown."
-    words = ['papermill', f'nbs/run_{name}.ipynb', 'OUT.ipynb', '-p', 'profile', profile]
-    for key, value in parameters.items():
-        if isinstance(value, tuple): value = list(value)
-        if key not in HOW and value != defaults[key]: words += ['-p', key, str(value)]
-    return shlex.join(words)
+    "The papermill command that makes the same again."
+    words = [word for pair in chosen.items() for word in ('-p', *pair)]
+    return shlex.join(['papermill', f'nbs/run_{name}.ipynb', 'OUT.ipynb', *words])
 
 # %% ../../nbs/report/09_exhibit.ipynb #90edf93e
 def _add_processes(parameters, settings):
@@ -160,6 +165,16 @@ class Named:
 
     def __getattr__(self, name): return getattr(self._read(), name)
 
+# %% ../../nbs/report/09_exhibit.ipynb #5c7de495
+def _fill_in(parameters, defaults, kept):
+    "What is not given is as it was when the store was packed, unless another profile is meant."
+    named = parameters['profile'] or os.environ.get('CMIM_PROFILE', '')
+    if not kept or named not in ('', kept['profile']): return {}
+    filled = {name: read_value(name, text, defaults[name]) for name, text in kept.items()
+              if name in defaults and parameters[name] == defaults[name]}
+    parameters |= filled
+    return filled
+
 # %% ../../nbs/report/09_exhibit.ipynb #ab793ed1
 class Asked:
     "What the notebook of an exhibit was asked for."
@@ -174,11 +189,14 @@ class Asked:
         self.name, self.defaults = name, declared(notebook_of(name))
         self.parameters = p = read_parameters(self.defaults, variables)
         check_number('workers', p.get('workers', -1), -1, integer=True)
-        self.profile, self.store = find_profile(p['profile']), Store(p['store'] or None)
+        self.store = Store(p['store'] or None)
+        self.filled = _fill_in(p, self.defaults, self.store.asked(name))
+        self.profile = find_profile(p['profile'])
         self.settings = read_settings(p['device'], p['run_settings'])
         self.folder = Path(p['figures'] or project_root()/'figures'/self.profile.name)
         _add_processes(p, self.settings)
-        self.command = repeat_command(name, self.profile.name, p, self.defaults)
+        self.chosen = chosen_parameters(self.profile.name, p, self.defaults)
+        self.command = repeat_command(name, self.chosen)
         self.selection, self.protocol = _rules(p)
         self.number = int(found[0]) if (found := re.findall(r'\d+$', name)) else None
 
@@ -288,6 +306,11 @@ class Checked(Given):
         self.entries = self.give(entries)
         self._plan = Plan.of([e.run for e in self.entries]).check()
 
+    def prepare(self):
+        "Say which parameters the store's one file decides, and set aside what is made again."
+        if self.filled: _say(f'What is not given is as the store was packed: {_text(self.filled)}.')
+        _renew(self.stale, self.store)
+
     @cached_property
     def stale(self):
         "Runs that `renew` makes again: to the sentence about their damage, or to nothing if other code made them."
@@ -300,7 +323,12 @@ class Checked(Given):
         p, kind = self.parameters, read_executor(self.parameters['executor'])[0]
         if self.plan_only or kind in ('scheduler', 'file', 'slurm'): return # the files may be there only
         missing = [run for run in self._plan.runs if run in self.stale or not self.store.finished(run)]
-        check_files(missing, p['data_root'] or None)
+        try: check_files(missing, p['data_root'] or None)
+        except Unusable as error:
+            if not any(map(self.store.packed, self._plan.runs)): raise
+            there, total = len(self._plan.runs) - len(missing), len(self._plan.runs)
+            raise Unusable(f'{self.store.root/PACK} holds {there} of the {total} runs of {self.name}; the others need '
+                           f'the data: {error}') from error
 
 # %% ../../nbs/report/09_exhibit.ipynb #5ccdc3cf
 class Planned(Checked):
@@ -314,7 +342,7 @@ class Planned(Checked):
         self.check(entries)
         self._note, plan = note, self._plan
         if not describe: self.check_data() # where no runs are computed, what is measured may be there
-        _renew(self.stale, self.store)
+        self.prepare()
         if describe:
             text = self.give(describe)
             return tell(text, f'<pre>{text}</pre>')
@@ -345,9 +373,11 @@ class Planned(Checked):
 
 # %% ../../nbs/report/09_exhibit.ipynb #b8a2046c
 def _stems(name, found):
-    "File name to result."
+    "File name to result; a colon, which some systems refuse, is a comma."
     if not isinstance(found, Mapping): return {name: found}
-    def stem(key): return key if isinstance(key, str) else '_'.join([name, *(key if len(found) > 1 else ())])
+    def stem(key):
+        whole = key if isinstance(key, str) else '_'.join([name, *(key if len(found) > 1 else ())])
+        return whole.replace(':', ',')
     return {stem(key): item for key, item in found.items()}
 
 

@@ -12,15 +12,16 @@ import lzma
 import tarfile
 from pathlib import Path
 
-from ..core import OneSentence, Unusable, atomic_write, command
+from ..core import OneSentence, Unusable, atomic_write, check_choice, command
 from ..experiments.execution import load_data
 from ..experiments.profiles import is_null
 from ..experiments.runs import Plan, victim_of
 from ..experiments.store import PACK, Store, classes_key, sealed_tensors
 from ..lab.data.core import size_of
 from ..lab.models.kept import weights_file, weights_path
-from .page import offer_parameters
-from .plan import entries_of
+from .exhibit import declared, notebook_of
+from .page import exhibits_here, offer_parameters
+from .plan import exhibit_of
 
 # %% ../../nbs/report/13_pack.ipynb #82a02be9
 _FILES = 'run.json', 'metrics.jsonl', 'result.json', 'diverged.json'
@@ -35,11 +36,13 @@ def _answers(run, store, splits):
 
 def class_names(
     entries: list, # `Entry`s
+    store, # A `Store`, which may know them from a file of this kind
     root=None, # Folder of the data sets
 )->dict:
-    "`classes_key` to names of the classes, which pictures show; read from the data."
+    "`classes_key` to names of the classes, which pictures show; those that the store does not know are read."
+    def found(run): return store.class_names(run) or load_data(run, root, True).class_names
     runs = {classes_key(e.run): e.run for e in entries}
-    return {key: list(map(str, load_data(run, root, True).class_names)) for key, run in runs.items()}
+    return {key: list(map(str, found(run))) for key, run in runs.items()}
 
 
 def shown_models(
@@ -56,6 +59,7 @@ def pack(
     store, # A `Store` in which all of them are finished
     names=None, # `classes_key` to names of the classes
     training_answers: bool=False, # Keep the answers on training images too, where the store has them
+    asked=None, # Exhibit to what it was asked for, as text by parameter
 )->bytes:
     "An archive of the runs and all that they depend on; the same runs give the same bytes."
     runs, shown, files = Plan.of([e.run for e in entries]).runs, shown_models(entries), {}
@@ -68,7 +72,8 @@ def pack(
         for name in _FILES:
             if (content := store.content(run, name)) is not None: files[f'{run.name}/{name}'] = content
         if run in shown and store.result(run): files[f'{run.name}/log_probs.safetensors'] = _answers(run, store, splits)
-    if names: files['classes.json'] = json.dumps(names, indent=1).encode()
+    for name, about in (('classes.json', names), ('asked.json', asked)):
+        if about: files[name] = json.dumps(about, indent=1).encode()
     whole = io.BytesIO()
     with tarfile.open(fileobj=whole, mode='w') as archive:
         for name in sorted(files):
@@ -97,6 +102,15 @@ def keep_weights(
     return list(names)
 
 # %% ../../nbs/report/13_pack.ipynb #126e2c27
+def _exhibits(names, given):
+    "Each exhibit with those of the parameters that it has; `Invalid` names one that none has."
+    for name in names: check_choice('table or figure', name, exhibits_here())
+    known = {name: declared(notebook_of(name)) for name in names}
+    for key in given: check_choice('parameter', key, set().union(*known.values()))
+    def own(name): return {key: value for key, value in given.items() if key in known[name]}
+    return [exhibit_of(name, **own(name)) for name in names]
+
+
 @command
 def main(arguments=None)->int:
     "Keep the finished runs of tables and figures in one file, a store that may only be read."
@@ -110,11 +124,13 @@ def main(arguments=None)->int:
                         'where the store has them: table4, beyond1 and beyond2 show them')
     parser.add_argument('--weights', type=int, metavar='SEED', help='keep the weights of the teachers of this seed')
     args = parser.parse_args(arguments)
-    asked = {'profile': args.profile, **dict(args.parameters)}
-    entries = [entry for name in args.names for entry in entries_of(name, **asked)]
     if args.store and not Path(args.store).is_dir(): raise Unusable(f'There is no store {args.store}.')
     store, out = Store(args.store), Path(args.out).absolute()
-    content = pack(entries, store, class_names(entries, args.data_root), args.training_answers)
+    given = {**dict(args.parameters), 'profile': args.profile, 'store': str(store.root)}
+    exhibits = _exhibits(args.names, given)
+    entries = [entry for exhibit in exhibits for entry in exhibit.entries]
+    names, asked = class_names(entries, store, args.data_root), {exhibit.name: exhibit.chosen for exhibit in exhibits}
+    content = pack(entries, store, names, args.training_answers, asked)
     atomic_write(f'{args.out}/store/{PACK}', content)
     kept = [] if args.weights is None else keep_weights(entries, store, args.weights, out.parent, out.name)
     print(f'{len(Plan.of([e.run for e in entries]).runs)} runs, {len(content)/1e6:.1f} MB: {args.out}/store/{PACK}')
