@@ -307,6 +307,10 @@ class StoredRuns(_Results):
         "Are the files of this run in the store's `PACK`? There are no weights in it."
         return f'{run.name}/run.json' in packed_files(self.root)
 
+    def answered(self, run:Run)->bool:
+        "May its answers be asked for? A store's `PACK` can be without them."
+        return not self.packed(run) or self.content(run, 'log_probs.safetensors') is not None
+
 # %% ../../nbs/experiments/04_store.ipynb #c0df1ac0
 def _facts_of(content):
     "SHA-256 of names, shapes and values in the bytes of a safetensors file, and the id and the sum in its header."

@@ -181,7 +181,7 @@ def candidate_lines(
         row = {'data': e.data, 'teacher': e.teacher_model, 'defense': e.defense, 'choice': e.choice, 'seed': e.seed,
                'weight': e.run.options.get('weight'), 'accuracy': math.nan, 'cmi': math.nan,
                'diverged': store.diverged(e.run) is not None}
-        if store.result(e.run) is not None:
+        if store.result(e.run) is not None and store.answered(e.run):
             log_probs, labels = choosing_outputs(e.run, store, selection)
             row |= {'accuracy': 100*(log_probs.argmax(1) == labels).double().mean().item(),
                     'cmi': cmi_curve(log_probs, labels, POWERS).max().item()}
@@ -235,7 +235,7 @@ def weight_choices(
     columns = [*_PLACE, 'weight', 'accuracy', 'gain', 'cmi', 'n', 'chosen']
     return pd.concat(found)[columns] if found else pd.DataFrame(columns=columns)
 
-
+# %% ../../nbs/report/07_models.ipynb #fbc21988
 def tuned(
     frame: pd.DataFrame, # As `results_frame` gives
     entries, # `Entry`s
@@ -255,8 +255,11 @@ def tuning(
     selection: str='clean', # clean or paper
 ):
     "For the notebook of a table: the candidates for a weight and the choice, or a sentence that there is none."
-    choices = weight_choices(candidate_lines(entries, store, selection))
-    return choices if len(choices) else 'Each method has one weight here, so there is nothing to choose.'
+    lines = candidate_lines(entries, store, selection)
+    choices = weight_choices(lines)
+    if len(choices): return choices
+    if len(lines) and lines['accuracy'].isna().all(): return 'No answers are kept by which a weight could be chosen.'
+    return 'Each method has one weight here, so there is nothing to choose.'
 
 # %% ../../nbs/report/07_models.ipynb #576aa036
 def gains(
@@ -345,7 +348,7 @@ def model_outputs(
     "For each (data set, network): defence to {seed: (log_probs (B, C) in float64, labels (B,))} of finished models."
     found = {}
     for e in entries:
-        if e.column != 'model' or store.result(e.run) is None: continue
+        if e.column != 'model' or store.result(e.run) is None or not store.answered(e.run): continue
         log_probs, labels = store.log_probs(e.run, split)
         seeds = found.setdefault((e.data, e.teacher_model), {}).setdefault(e.defense, {})
         seeds.setdefault(e.seed, (log_probs.double(), labels))
