@@ -12,7 +12,7 @@ import pytest
 
 from cmim_repro.experiments import pilot
 
-FILES = {'pilot.log', 'throughput.csv', 'results.csv', 'metrics.csv', 'summary.txt', 'results.tar.gz'}
+FILES = {'pilot.log', 'throughput.csv', 'kernels.csv', 'results.csv', 'metrics.csv', 'summary.txt', 'results.tar.gz'}
 MISSING = ('sklearn', 'nbdev', 'papermill', 'plotly', 'seaborn', 'jupyter', 'jupyterlab', 'jupyter_client', 'fastcore', 'IPython', 'ipywidgets', 'tqdm', 'mistune',
            'jinja2', 'dask', 'distributed', 'hypothesis', 'psutil')
 BLOCK = f"""
@@ -51,7 +51,7 @@ def table(path):
 def test_from_end_to_end_and_again(data, tmp_path, capfd):
     out, wanted = tmp_path/'out', arguments(data, tmp_path, '--minutes', '3', '--skip', 'tests,throughput')
     assert pilot.main(wanted) == 0
-    assert {path.name for path in out.iterdir()} == FILES - {'throughput.csv'}
+    assert {path.name for path in out.iterdir()} == FILES - {'throughput.csv', 'kernels.csv'}
     results = table(out/'results.csv')
     assert {row['teacher_method'] for row in results} == {'', 'ce', 'ls', 'cmim'} and {row['model'] for row in results} == {'cnn_small', 'cnn_tiny'}
     assert len(table(out/'metrics.csv')) == len(results) == 3 + 2 + 3*(4 + 3) # the table's KD, DKD twice and knockoff, and a setting of each tuned attack; DKD's is the table's
@@ -65,7 +65,7 @@ def test_from_end_to_end_and_again(data, tmp_path, capfd):
 
 def test_a_deadline_that_is_over_at_once_leaves_files(data, tmp_path):
     assert pilot.main(arguments(data, tmp_path, '--minutes', '.001')) == 0
-    assert {path.name for path in (tmp_path/'out').iterdir()} == FILES - {'throughput.csv'}
+    assert {path.name for path in (tmp_path/'out').iterdir()} == FILES - {'throughput.csv', 'kernels.csv'}
     assert 'Nothing is finished' in (tmp_path/'out'/'summary.txt').read_text()
 
 
@@ -77,11 +77,19 @@ def test_the_deadline_stops_a_training_and_it_goes_on(data, tmp_path, capfd):
 
 
 @pytest.mark.parametrize('more,said', [(('--part', 'some'), "Unknown part 'some'"), (('--part', 'half'), 'needs 250'), (('--minutes', '0'), 'minutes'),
-                                       (('--epochs', '0'), 'epochs'), (('--skip', 'all'), "'all'"), (('--device', 'gpu'), "'gpu'")])
+                                       (('--epochs', '0'), 'epochs'), (('--skip', 'all'), "'all'"), (('--overrides', 'lrr=1'), "'lrr'"), (('--overrides', 'lr=0'), 'lr is 0'),
+                                       (('--device', 'gpu'), "'gpu'")])
 def test_bad_input_is_one_sentence(data, tmp_path, capsys, more, said):
     assert pilot.main(arguments(data, tmp_path, *more)) == 2
     error = capsys.readouterr().err.strip()
     assert said in error and len(error.splitlines()) == 1 and not (tmp_path/'out').exists()
+
+
+def test_the_recipe_may_be_changed(data, tmp_path):
+    wanted = arguments(data, tmp_path, '--minutes', '3', '--skip', 'tests,throughput', '--overrides', 'lr=.02, schedule=cosine', '--teachers', 'ce', '--attacks', 'kd')
+    assert pilot.main(wanted) == 0
+    recipes = {(run.recipe.lr, run.recipe.schedule) for run in pilot.Store(tmp_path/'store').runs()}
+    assert recipes == {(.02, 'cosine')}
 
 
 def test_a_missing_folder_is_one_sentence(tmp_path, capsys):
@@ -104,6 +112,8 @@ sys.exit(status != [0, 0])""")
     assert {path.name for path in (tmp_path/'out').iterdir()} == FILES
     rows = table(tmp_path/'out'/'throughput.csv')
     assert {row['mode'] for row in rows} >= {'eager', 'textbook'} and not any(row['error'] for row in rows)
+    kernels = table(tmp_path/'out'/'kernels.csv')
+    assert {row['measurement'] for row in kernels} == {'kernels of cnn_tiny'} and all(float(row['ms a step']) > 0 for row in kernels)
     assert len({row['measurement'] for row in rows}) == 7 and all(float(row['images/s']) > 0 and row['revision'] for row in rows)
 
 

@@ -202,6 +202,7 @@ class Timed(NamedTuple):
     "What a piece of work returned, and what it took."
     result: object # What it returned
     seconds: float # Until the device had done it
+    queued: float # Until the processor had told the device to do it; the same on a CPU
     peak: int # Most bytes held on the device meanwhile; 0 on a CPU
 
 
@@ -214,8 +215,10 @@ def timed(
     if cuda: torch.cuda.reset_peak_memory_stats(device); torch.cuda.synchronize(device)
     started = time.perf_counter()
     found = work()
-    if cuda: torch.cuda.synchronize(device)
-    return Timed(found, time.perf_counter() - started, torch.cuda.max_memory_allocated(device) if cuda else 0)
+    queued = time.perf_counter() - started
+    if not cuda: return Timed(found, queued, queued, 0)
+    torch.cuda.synchronize(device)
+    return Timed(found, time.perf_counter() - started, queued, torch.cuda.max_memory_allocated(device))
 
 # %% ../../nbs/experiments/07_cost.ipynb #f44d75dd
 class Block(NamedTuple):
@@ -239,7 +242,7 @@ def timed_blocks(
     "Train learners side by side on the same batches, in blocks whose time is taken."
     batches, device = iter(batches), learners[0].device
     for number in itertools.count():
-        some, making, _ = timed(lambda: list(itertools.islice(batches, size)), device)
+        some, making, *_ = timed(lambda: list(itertools.islice(batches, size)), device)
         if not some: return
         taken = [None]*len(learners)
         for i in sorted(range(len(learners)), reverse=bool(number % 2)):
@@ -325,11 +328,13 @@ def _table(task, found, steps, learners, ideal):
     "One line for each method; block 0 was the warm-up."
     ratio, rows = statistics.median(block['cmim'].seconds/block['ce'].seconds for block in found[1:]), []
     for method, learner in learners.items():
-        middle, recipe = statistics.median(block[method].seconds/steps for block in found[1:]), learner.recipe
+        recipe, blocks = learner.recipe, [block[method] for block in found[1:]]
+        middle = statistics.median(b.seconds for b in blocks)/steps
+        queued = statistics.median(b.queued for b in blocks)/steps
         others = sum(_held(other) for other in learners.values() if other is not learner)
         peak = max(block[method].peak for block in found) - others
         rows.append({**task, 'method': method, 'precision': recipe.precision, 'batch': recipe.batch_size,
-                     'step (ms)': 1e3*middle, 'images/s': recipe.batch_size/middle,
+                     'step (ms)': 1e3*middle, 'queued (ms)': 1e3*queued, 'images/s': recipe.batch_size/middle,
                      'peak memory (MiB)': peak/2**20 if peak else float('nan'), 'share of peak': ideal/middle,
                      'time over CE': ratio if method == 'cmim' else 1.})
     return pd.DataFrame(rows)
