@@ -309,7 +309,7 @@ class Checked(Given):
     def prepare(self):
         "Say which parameters the store's one file decides, and set aside what is made again."
         if self.filled: _say(f'What is not given is as the store was packed: {_text(self.filled)}.')
-        if any(e.column == 'model' and not self.store.answered(e.run) for e in self.entries):
+        if any(not self.store.answered(e.run) and e.column == 'model' for e in self.entries):
             _say('The store has no answers of its models, so CMI and pictures are left out.')
         _renew(self.stale, self.store)
 
