@@ -231,8 +231,8 @@ def files_of(
     "The files of one item by stem and suffix, which may be double, as provenance.txt."
     found = {}
     for path in sorted(Path(folder).glob(f'{name}*')):
-        stem, _, suffix = path.name.partition('.')
-        if re.fullmatch(rf'{name}(_.*)?', stem): found.setdefault(stem, {})[suffix] = path
+        parts = re.fullmatch(rf'({name}(?:_.*?)?)\.((?:[a-z]+\.)?[a-z]+)', path.name) # of 0.5.png the suffix is png
+        if parts: found.setdefault(parts[1], {})[parts[2]] = path
     return found
 
 # %% ../../nbs/report/10_page.ipynb #8f75254a
