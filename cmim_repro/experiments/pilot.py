@@ -212,6 +212,18 @@ def _answering(teacher, data, recipe, device, capture):
         return answers_of(run, store, data, device, capture)
 
 
+def _recipe(sizes):
+    return Recipe(batch_size=sizes.batch, lr=.001, schedule='constant', precision=sizes.precision)
+
+
+def _placed(network, losses, data, sizes, settings):
+    "A learner with fresh weights for each loss, on the device."
+    facts = {'num_classes': data.num_classes, 'image_shape': tuple(data.image_shape)}
+    learners = [Learner(f'{network} {i}', initialised(lambda: model(network, **facts), i), loss, _recipe(sizes))
+                for i, loss in enumerate(losses)]
+    return place_all(learners, settings.resolve(), settings)
+
+
 def _epoch(learners, data, *answers):
     "Train one epoch and read its sums."
     train_epoch(learners, data, 0, *answers)
@@ -227,11 +239,8 @@ def kernel_rows(
     "What takes longest in captured steps of CE: kernels of a GPU, operations on a CPU; a share is of all of them."
     settings = mode_settings('captured', device)
     place, steps = settings.resolve(), 4
-    recipe = Recipe(epochs=9, batch_size=sizes.batch, lr=.001, schedule='constant', precision=sizes.precision)
     data = noise(steps*sizes.batch, place)
-    net = initialised(lambda: model(network, num_classes=data.num_classes, image_shape=tuple(data.image_shape)), 0)
-    learners = [Learner(network, net, objective('ce'), recipe)]
-    place_all(learners, place, settings)
+    learners = _placed(network, [objective('ce')], data, sizes, settings)
     os.environ.setdefault('KINETO_LOG_LEVEL', '99') # the profiler has a log of its own
     cuda, activity = place.type == 'cuda', torch.profiler.ProfilerActivity
     with torch.random.fork_rng(devices=[place] if cuda else []):
@@ -254,16 +263,9 @@ def distillation(
 )->Timed:
     "An epoch of KD, after a short one that is not timed."
     device, data = settings.resolve(), noise(images, settings.resolve())
-    recipe = Recipe(epochs=2, batch_size=sizes.batch, lr=.001, schedule='constant', precision=sizes.precision)
-    facts = {'num_classes': data.num_classes, 'image_shape': tuple(data.image_shape)}
-    answer = _answering(pair[0], data, recipe, device, settings.capture)
+    answer = _answering(pair[0], data, _recipe(sizes), device, settings.capture)
     answers = torch.no_grad()(lambda images, positions: answer(images))
-    learners = []
-    for i in range(students):
-        network = initialised(lambda: model(pair[1], **facts), i)
-        one = Learner(f'student {i}', network, attack('kd'), recipe)
-        learners.append(one)
-    place_all(learners, device, settings)
+    learners = _placed(pair[1], [attack('kd') for _ in range(students)], data, sizes, settings)
     short = min(images, 12*sizes.batch + images % sizes.batch) # ends with a batch as small as the last one
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         _epoch(learners, noise(short, device), answers)

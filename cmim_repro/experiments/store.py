@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACK', 'revision', 'provenance', 'code_digest', 'Damaged', 'packed_files', 'classes_key', 'StoredRuns',
-           'sealed_tensors', 'StoredTensors', 'Store']
+           'sealed_tensors', 'StoredTensors', 'CheckedRuns', 'Store']
 
 # %% ../../nbs/experiments/04_store.ipynb #55d43893
 import ast
@@ -307,9 +307,6 @@ class StoredRuns(_Results):
         "Are the files of this run in the store's `PACK`? There are no weights in it."
         return f'{run.name}/run.json' in packed_files(self.root)
 
-    def answered(self, run:Run)->bool:
-        "May its answers be asked for? A store's `PACK` can be without them."
-        return not self.packed(run) or self.content(run, 'log_probs.safetensors') is not None
 
 # %% ../../nbs/experiments/04_store.ipynb #c0df1ac0
 def _facts_of(content):
@@ -359,6 +356,16 @@ class StoredTensors(StoredRuns):
         if split not in found: raise Invalid(f'{run.name} kept no log-probabilities of split {split!r}.')
         return found[split].float(), found[f'{split}_labels'].long()
 
+    def answered(self, run:Run, split='test')->bool:
+        "Is it finished, and are its answers to a split kept? A store's `PACK` can be without them."
+        if not self.packed(run) or self.content(run, name := 'log_probs.safetensors') is None:
+            return self.result(run) is not None and not self.packed(run)
+        return split in self.tensors(run, name)
+
+
+# %% ../../nbs/experiments/04_store.ipynb #671051f8
+class CheckedRuns(StoredTensors):
+    "The runs in a folder, with a look at all of their files."
     def damage(self, run:Run):
         "The sentence about a damaged file of a finished run, or None; all of its files are read."
         described = self.folder(run)/'run.json'
@@ -418,7 +425,7 @@ _UNFINISHED = ('.run.json', '.metrics.jsonl', '.checkpoint.pt', '.weights.safe',
                '.diverged.json') # begin the names of files that were being written
 
 
-class _Held(StoredTensors):
+class _Held(CheckedRuns):
     "A folder in which runs are started, each by one process at a time."
     def __init__(self,
         root=None, # The folder; None means $CMIM_STORE or data/runs in the checkout

@@ -309,8 +309,9 @@ class Checked(Given):
     def prepare(self):
         "Say which parameters the store's one file decides, and set aside what is made again."
         if self.filled: _say(f'What is not given is as the store was packed: {_text(self.filled)}.')
-        if any(not self.store.answered(e.run) and e.column == 'model' for e in self.entries):
-            _say('The store has no answers of its models, so CMI and pictures are left out.')
+        kept = [e.run for e in self.entries if self.store.packed(e.run) and e.column == 'model']
+        if any(self.store.result(run) and not self.store.answered(run) for run in kept):
+            _say('The store has no answers to the test images, so CMI and pictures are left out.')
         _renew(self.stale, self.store)
 
     @cached_property

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TUNED', 'POWERS', 'RULES', 'about', 'on_cifar100', 'candidate_weights', 'model_entries', 'only_defenses',
-           'figure_entries', 'model_rows', 'of_defense', 'table_accuracy', 'choosing_outputs', 'candidate_lines',
-           'least_cmi', 'largest_weight', 'weight_choices', 'tuned', 'tuning', 'gains', 'highest', 'table_gains',
-           'always_gains', 'model_outputs', 'first_seed', 'model_curves', 'cmi_table', 'confused_classes']
+           'figure_entries', 'model_rows', 'of_defense', 'table_accuracy', 'choosing_split', 'choosing_outputs',
+           'candidate_lines', 'least_cmi', 'largest_weight', 'weight_choices', 'tuned', 'tuning', 'gains', 'highest',
+           'table_gains', 'always_gains', 'model_outputs', 'first_seed', 'model_curves', 'cmi_table',
+           'confused_classes']
 
 # %% ../../nbs/report/07_models.ipynb #766901e8
 import math
@@ -154,19 +155,27 @@ POWERS = torch.linspace(0, 2, 41, dtype=torch.float64)
 _PLACE = ['data', 'teacher', 'defense', 'choice']
 
 
+def choosing_split(
+    run, # A protected model
+    selection: str='clean', # clean or paper
+)->str:
+    "The split of the images by which candidates are chosen; where none are held out, a part of the test images."
+    clean = check_choice('selection', selection, ('clean', 'paper')) == 'clean'
+    return 'held_out' if clean and run.data_options.get('held_out') else 'test'
+
+
 def choosing_outputs(
     run, # A finished protected model
     store, # A `Store`
     selection: str='clean', # clean or paper
 )->tuple:
     "Log-probabilities (B, C), float64, and labels (B,) of the images by which candidates are chosen."
-    clean = check_choice('selection', selection, ('clean', 'paper')) == 'clean'
-    held_out = clean and bool(run.data_options.get('held_out'))
-    log_probs, labels = store.log_probs(run, 'held_out' if held_out else 'test')
-    part = CHOOSING if clean and not held_out else slice(None)
+    split = choosing_split(run, selection)
+    log_probs, labels = store.log_probs(run, split)
+    part = CHOOSING if selection == 'clean' and split == 'test' else slice(None)
     return log_probs[part].double(), labels[part]
 
-
+# %% ../../nbs/report/07_models.ipynb #55a9d631
 def candidate_lines(
     entries, # `Entry`s
     store, # A `Store`
@@ -181,7 +190,7 @@ def candidate_lines(
         row = {'data': e.data, 'teacher': e.teacher_model, 'defense': e.defense, 'choice': e.choice, 'seed': e.seed,
                'weight': e.run.options.get('weight'), 'accuracy': math.nan, 'cmi': math.nan,
                'diverged': store.diverged(e.run) is not None}
-        if store.result(e.run) is not None and store.answered(e.run):
+        if store.answered(e.run, choosing_split(e.run, selection)):
             log_probs, labels = choosing_outputs(e.run, store, selection)
             row |= {'accuracy': 100*(log_probs.argmax(1) == labels).double().mean().item(),
                     'cmi': cmi_curve(log_probs, labels, POWERS).max().item()}
@@ -348,7 +357,7 @@ def model_outputs(
     "For each (data set, network): defence to {seed: (log_probs (B, C) in float64, labels (B,))} of finished models."
     found = {}
     for e in entries:
-        if e.column != 'model' or store.result(e.run) is None or not store.answered(e.run): continue
+        if e.column != 'model' or not store.answered(e.run, split): continue
         log_probs, labels = store.log_probs(e.run, split)
         seeds = found.setdefault((e.data, e.teacher_model), {}).setdefault(e.defense, {})
         seeds.setdefault(e.seed, (log_probs.double(), labels))

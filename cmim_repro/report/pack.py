@@ -22,7 +22,7 @@ from ..experiments.runs import Plan, victim_of
 from ..experiments.store import PACK, Store, classes_key, packed_files, sealed_tensors
 from ..lab.data.core import size_of
 from ..lab.models.kept import weights_file, weights_path
-from .exhibit import declared, notebook_of
+from .exhibit import declared
 from .page import exhibits_here, offer_parameters
 from .plan import exhibit_of
 
@@ -69,14 +69,14 @@ def shown_models(
     return [run for run in dict.fromkeys(found) if run is not None]
 
 # %% ../../nbs/report/13_pack.ipynb #25bb150e
-SPLITS = {'none': (), 'usual': ('test', 'held_out'), 'all': ('test', 'held_out', 'train')} # whose answers are kept
+SPLITS = {'choosing': ('held_out',), 'usual': ('test', 'held_out'), 'all': ('test', 'held_out', 'train')}
 
 
 def pack(
     entries: list, # `Entry`s
     store, # A `Store` in which all of them are finished
     names=None, # `classes_key` to names of the classes
-    answers: str='usual', # A name in `SPLITS`
+    answers: str='usual', # Whose answers are kept: a name in `SPLITS`
     asked=None, # Exhibit to what it was asked for, as text by parameter
     before=None, # Name to bytes of files that are kept too, as `packed_files` gives
 )->bytes:
@@ -90,7 +90,7 @@ def pack(
     for run in runs:
         for name in _FILES:
             if (content := store.content(run, name)) is not None: files.setdefault(f'{run.name}/{name}', content)
-        if splits and run in shown and store.result(run):
+        if run in shown and store.result(run):
             name, found = f'{run.name}/log_probs.safetensors', _answers(run, store, splits)
             files[name] = max(found, files.get(name, b''), key=len) # those of more splits
     for name, about in (('classes.json', names), ('asked.json', asked)):
@@ -126,8 +126,8 @@ def keep_weights(
 # %% ../../nbs/report/13_pack.ipynb #126e2c27
 def _exhibits(names, given):
     "Each exhibit with those of the parameters that it has; `Invalid` names one that none has."
-    for name in names: check_choice('table or figure', name, exhibits_here())
-    known = {name: declared(notebook_of(name)) for name in names}
+    places = exhibits_here()
+    known = {name: declared(places[check_choice('table or figure', name, places)]) for name in names}
     for key in given: check_choice('parameter', key, sorted(set().union(*known.values())))
     def own(name): return {key: value for key, value in given.items() if key in known[name]}
     return [exhibit_of(name, **own(name)) for name in names]
@@ -143,7 +143,7 @@ def main(arguments=None)->int:
     parser.add_argument('--out', required=True, help='folder that gets the store, and the weights below weights/')
     parser.add_argument('--data-root', help='folder of the data sets, of which names of classes are kept')
     parser.add_argument('--answers', default='usual', help='usual: to the images that test and choose; all: to the '
-                        'training images too, where the store has them; none: without CMI and pictures')
+                        'training images too, where the store has them; choosing: small, and without pictures')
     parser.add_argument('--add', action='store_true', help='keep what the file in --out holds already')
     parser.add_argument('--weights', type=int, metavar='SEED', help='keep the weights of the teachers of this seed')
     args = parser.parse_args(arguments)
