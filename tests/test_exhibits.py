@@ -363,9 +363,12 @@ def test_figures_1_to_3_answer(outputs, store):
     assert found.verdict in ('agrees', 'disagrees', 'undecided') and 'maxima (classes times seeds)' in found.because
     assert figure2.answer(entries, store,
                           lambda run: Digits).because.startswith('cnn_small, CMIM - CE at power 4: spread -')
-    found = figure3.answer(entries, store)
+    def cmi_at(powers): return model_curves(outputs[1], powers)
+    found = figure3.answer(entries, store, cmi_at)
     assert found.verdict == 'agrees' and 'surely lower than 1 of 1 others (n = 3)' in found.because
-    assert figure3.answer([e for e in entries if e.defense == 'ce'], store).verdict == 'undecided'
+    alone = [e for e in entries if e.defense == 'ce']
+    def of_ce(powers): return model_curves(model_outputs(alone, store), powers)
+    assert figure3.answer(alone, store, of_ce).verdict == 'undecided'
 
 
 def test_figure_2_measures_spread_and_distance(outputs):

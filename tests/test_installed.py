@@ -45,7 +45,7 @@ def test_a_wheel_holds_every_printed_value(tmp_path):
 
 
 def test_the_page_without_a_checkout_is_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr('cmim_repro.report.page.project_root', lambda: tmp_path)
+    for module in ('page', 'notebooks'): monkeypatch.setattr(f'cmim_repro.report.{module}.project_root', lambda: tmp_path)
     for door, arguments in ((main, []), (main, ['table1']), (plan.main, ['table1']), (pack.main, ['table1', '--out', str(tmp_path)])):
         assert door(arguments) == 2
         lines = capsys.readouterr().err.splitlines()

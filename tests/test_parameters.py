@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,6 @@ from cmim_repro.experiments.store import Store
 from cmim_repro.experiments.workers import execute_in_processes
 from cmim_repro.lab.training import Recipe, Settings
 from cmim_repro.report.exhibit import OR_NAMES, Exhibit, declared, notebook_of, read_parameters
-from cmim_repro.report.page import main as page
 
 DEFAULTS = declared(notebook_of('table1'))
 COMMON = {'recipe': Recipe(epochs=1, batch_size=32), 'data_options': {'per_class': 20}}
@@ -113,24 +114,37 @@ def test_a_million_seeds_are_refused_at_once():
     assert read_settings('cpu', 'compile=false').compile is False
 
 
+class Estimated:
+    def _repr_html_(self): return ''
+
+
 @pytest.mark.parametrize('given, words', [
     ({'workers': 'two'}, 'workers is .two.; it must be a whole number'), ({'attacks': 'nonsense'}, "Unknown attack 'nonsense'"),
     ({'overrides': 'mkd.dimension=1000000000'}, 'dimension'),
     ({'data_sets': 'cifar100', 'data_root': '{folder}'}, 'has no train and no test and no meta'), ({'data_sets': 'tinyimagenet', 'data_root': '{folder}'}, 'has no wnids.txt'),
     ({'data_sets': 'imagenet', 'data_root': '{folder}'}, 'has no folder train'),
     ({'attacks': 'knockoff:transfer=folder:{folder}/away'}, 'away is not a folder'), ({'attacks': 'knockoff:transfer=cifar100', 'data_root': '{folder}'}, 'has no train')], ids=str)
-def test_parameters_and_files_are_refused_before_a_kernel_is_started(tmp_path, monkeypatch, capsys, given, words):
-    "By the command and by the notebook, which is not estimated first; where the plan alone is wanted, files are not."
+def test_parameters_and_files_are_refused_before_anything_is_estimated(tmp_path, monkeypatch, given, words):
+    "Where the plan alone is wanted, files are not."
     started = []
-    monkeypatch.setattr('cmim_repro.report.page._execute', lambda *given: started.append(given))
-    monkeypatch.setattr('cmim_repro.report.exhibit.estimate', lambda *given: started.append(given))
+    monkeypatch.setattr('cmim_repro.report.exhibit.estimate', lambda *given: started.append(given) or Estimated())
     given = {name: value.format(folder=tmp_path) for name, value in given.items()}
-    folders = {'profile': 'smoke', 'seeds': '1', 'store': str(tmp_path/'store'), 'figures': str(tmp_path/'figures'/'smoke')}
-    command = ['table1', '--profile', 'smoke', '--figures', str(tmp_path/'figures')]
-    for item in {**folders, **given}.items(): command += ['-p', *item]
-    assert page(command) == 1
-    [line] = capsys.readouterr().out.splitlines()
-    assert re.match(f'table1: failed: .*{words}', line) and (tmp_path/'figures'/'executed'/'smoke'/'run_table1.failed').read_text() == line.removeprefix('table1: failed: ') + '\n'
+    folders = {'profile': 'smoke', 'seeds': '1', 'store': str(tmp_path/'store'), 'figures': str(tmp_path/'figures')}
     with pytest.raises(Invalid, match=words): Exhibit('table1', {**folders, **given}).run(table1.entries)
     assert not started and not list((tmp_path/'store').glob('*-*'))
-    if 'folder' in str(given) or 'data_root' in given: assert page([*command, '-p', 'plan_only', 'True']) == 0 and started
+    if 'folder' in str(given) or 'data_root' in given:
+        Exhibit('table1', {**folders, **given, 'plan_only': True}).run(table1.entries)
+        assert started
+
+
+@pytest.mark.parametrize('given, words', [({'attacks': 'nonsense'}, "Unknown attack 'nonsense'"), ({'data_sets': 'cifar100'}, 'has no train and no test and no meta')], ids=str)
+def test_the_command_refuses_in_one_line_and_leaves_no_process(tmp_path, given, words):
+    folders = {'seeds': '1', 'store': str(tmp_path/'store'), 'figures': str(tmp_path/'figures'/'smoke'), 'data_root': str(tmp_path)}
+    command = [sys.executable, '-m', 'cmim_repro.report.page', 'table1', '--profile', 'smoke', '--figures', str(tmp_path/'figures')]
+    for item in {**folders, **given}.items(): command += ['-p', *item]
+    # a process that were left would hold the pipe, and this would wait for it
+    done = subprocess.run(command, capture_output=True, encoding='utf-8', timeout=120)
+    [line] = done.stdout.splitlines()
+    assert done.returncode == 1 and re.match(f'table1: failed: .*{words}', line) and not done.stderr
+    mark = tmp_path/'figures'/'executed'/'smoke'/'run_table1.failed'
+    assert mark.read_text(encoding='utf-8') == line.removeprefix('table1: failed: ') + '\n' and not list((tmp_path/'store').glob('*-*'))

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from ..report.figures import Picture, cmi_curves
-from ..report.models import cmi_table, figure_entries, model_curves, model_outputs
+from ..report.models import cmi_table, figure_entries, model_outputs
 from ..report.paper import label
 from ..report.statistics import Answer, agreement, gain
 
@@ -23,10 +23,10 @@ def entries(profile, **asked)->list:
     return figure_entries(profile, 'resnet50:resnet18 vgg16:vgg11', '', asked)
 
 # %% ../../nbs/run_figure3.ipynb #2cbbbe40
-def draw(entries, store)->dict:
+def draw(cmi_at)->dict:
     "A picture for each data set and network."
     pictures = {}
-    for key, models in model_curves(model_outputs(entries, store), ALPHAS).items():
+    for key, models in cmi_at(ALPHAS).items():
         title = f'{label(key[1])}, {label(key[0])}, test images'
         pictures[key] = Picture(cmi_curves(ALPHAS, models, title), cmi_table({key: models}, ALPHAS))
     return pictures
@@ -48,16 +48,16 @@ def peak_table(
     return pd.DataFrame(lines)
 
 
-def peaks(entries, store)->pd.DataFrame:
+def peaks(cmi_at)->pd.DataFrame:
     "`peak_table` of the models drawn."
-    return peak_table(model_curves(model_outputs(entries, store), ALPHAS), ALPHAS)
+    return peak_table(cmi_at(ALPHAS), ALPHAS)
 
 
-def answer(entries, store)->Answer:
+def answer(entries, store, cmi_at)->Answer:
     "Is CMIM's largest CMI below that of every other model, in differences paired by seed?"
     readings, sentences = [], []
     outputs = model_outputs(entries, store)
-    for key, models in model_curves(outputs, ALPHAS).items():
+    for key, models in cmi_at(ALPHAS).items():
         tops = {d: dict(zip(sorted(outputs[key][d]), values.max(1), strict=True)) for d, values in models.items()}
         mine = tops.pop('cmim', None)
         if not mine or not tops: continue

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOOSING', 'JUDGING', 'ROOM', 'COMPUTING', 'OWNER', 'load_data', 'make_method', 'make_network', 'answers_of',
            'released', 'keep_answers', 'TransferSet', 'query_data', 'check_files', 'run_cohort', 'OpenRuns', 'Patience',
-           'execute', 'complaints', 'settled', 'worker_progress', 'log_progress', 'read_settings', 'read_plan', 'alive',
+           'execute', 'complaints', 'settled', 'worker_progress', 'log_progress', 'read_settings', 'read_plan',
            'end_with_owner', 'main']
 
 # %% ../../nbs/experiments/05_execution.ipynb #b550767a
@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 
 from ..attacks.knockoff import choose_queries, transfer_source
-from ..core import Invalid, OneSentence, Unusable, check_choice, check_number, command, keyed_generator
+from ..core import (
+    Invalid, OneSentence, Unusable, alive, check_choice, check_number, command, keyed_generator)
 from ..defenses.core import release
 from .profiles import parse_overrides
 from .runs import Plan, canonical, chain_answers, heard_by, registry_of, run_from_dict
@@ -602,18 +603,6 @@ def read_plan(
 
 # %% ../../nbs/experiments/05_execution.ipynb #30c6fae7
 OWNER = 'CMIM_OWNER' # environment variable: the number of the process that a worker works for
-
-
-def alive(
-    process: int, # Its number, on this machine
-)->bool:
-    "Does a process run, whoever's it is?"
-    try: os.kill(process, 0)
-    except ProcessLookupError: return False
-    except PermissionError: return True
-    try: facts = Path(f'/proc/{process}/stat').read_bytes()
-    except OSError: return True
-    return facts.rpartition(b')')[2].split()[0] != b'Z' # ended, not yet buried
 
 
 def end_with_owner(

@@ -166,22 +166,24 @@ def drawing():
     import subprocess
     import sys
     import tempfile
+    import time
     from pathlib import Path
 
     from cmim_repro.core import project_root
     with tempfile.TemporaryDirectory() as folder:
-        notebook, given = project_root()/'nbs'/'run_table1.ipynb', {'profile': 'smoke', 'store': f'{folder}/store',
-                                                                    'figures': f'{folder}/figures'}
-        command = [sys.executable, '-m', 'papermill', str(notebook), f'{folder}/out.ipynb']
+        given = {'profile': 'smoke', 'store': f'{folder}/store', 'figures': f'{folder}/figures'}
+        notebook = str(project_root()/'nbs'/'run_table1.ipynb')
+        command = [sys.executable, '-m', 'papermill', notebook, f'{folder}/out.ipynb'] # what `make table1` did at first
+        if (project_root()/'cmim_repro'/'report'/'page.py').exists():
+            command = [sys.executable, '-m', 'cmim_repro.report.page', 'table1', '--figures', given['figures']]
         for name, value in given.items(): command += ['-p', name, value]
-        def used():
-            found = resource.getrusage(resource.RUSAGE_CHILDREN)
-            return found.ru_utime + found.ru_stime
-        place = {**os.environ, 'CMIM_PROFILE': 'smoke'}
         for _ in range(2):
-            before = used()
-            subprocess.run(command, check=True, capture_output=True, env=place, cwd=Path(folder))
-        return {'Table 1 drawn again (s)': used() - before}
+            began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run(command, check=True, capture_output=True, env={**os.environ, 'CMIM_PROFILE': 'smoke'},
+                           cwd=Path(folder))
+            seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return {'Table 1 drawn again, processor (s)': used, 'Table 1 drawn again, from command to end (s)': seconds}
 
 
 PROBES = {probe.__name__: probe for probe in (training_steps, short_worker, tiny_students, planning, estimating,

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import torch
 
-from ..core import Invalid, Unusable, atomic_write, check_number, usable_cores
-from .execution import COMPUTING, OWNER, OpenRuns, alive, complaints, execute, settled
+from ..core import Invalid, Unusable, alive, atomic_write, check_number, usable_cores
+from .execution import COMPUTING, OWNER, OpenRuns, complaints, execute, settled
 from .runs import Plan
 from .store import Store
 from ..lab.training import Settings

@@ -117,7 +117,8 @@ def cmi_curves(
     tops = [top for top, _ in peaks.values()]
     if min(tops)*20 < max(tops) if log is None else log: ax.set_yscale('log')
     else: ax.set_ylim(0, None)
-    ax.set(xlabel=ALPHA, ylabel=r'$I(X;\hat{Y}^{\alpha}\,|\,Y)$ (nats)', title=title)
+    ax.set(xlabel=ALPHA, ylabel=r'$I(X;\hat{Y}^{\alpha}\,|\,Y)$ (nats)')
+    ax.set_title(title or '', y=1) # a place of its own is not looked for at every drawing
     _peak_legend(fig, ax.get_legend_handles_labels()[0], peaks, alphas[-1])
     return fig
 
@@ -206,7 +207,7 @@ def simplex_figure(
     for row, alpha in zip(axes, alphas, strict=True):
         for ax, (name, (log_probs, labels)) in zip(row, models.items(), strict=True):
             _draw_simplex(ax, log_probs, labels, classes, alpha, names)
-            ax.set_title(rf'{our_label(name)}, $\alpha={alpha:g}$', fontsize='medium')
+            ax.set_title(rf'{our_label(name)}, $\alpha={alpha:g}$', fontsize='medium', y=1)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), title='label $y$', loc='outside lower center', ncols=3,
                markerscale=1.8)
     return fig

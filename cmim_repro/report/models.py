@@ -12,13 +12,14 @@ __all__ = ['TUNED', 'POWERS', 'RULES', 'about', 'on_cifar100', 'candidate_weight
 # %% ../../nbs/report/07_models.ipynb #766901e8
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
 
-from ..core import Invalid, check_choice, check_number
+from ..core import Invalid, check_choice, check_number, usable_cores
 from ..experiments.execution import CHOOSING
 from ..experiments.profiles import Entry, Profile, names, narrowed, parse_overrides, protected
 from ..experiments.profiles import choice_label
@@ -377,10 +378,12 @@ def model_curves(
 )->dict:
     "For each (data set, network): defence to CMI in nats, (seeds, A)."
     powers, curves = torch.as_tensor(alphas, dtype=torch.float64), {}
-    for key, models in outputs.items():
-        curves[key] = {}
-        for defense, seeds in models.items():
-            curves[key][defense] = np.stack([cmi_curve(*seeds[seed], powers).numpy() for seed in sorted(seeds)])
+    with ThreadPoolExecutor(usable_cores()) as pool: # PyTorch computes outside of Python's lock
+        for key, models in outputs.items():
+            def asked(seeds): return [pool.submit(cmi_curve, *seeds[seed], powers) for seed in sorted(seeds)]
+            curves[key] = {defense: asked(seeds) for defense, seeds in models.items()}
+    for models in curves.values():
+        for defense, values in models.items(): models[defense] = np.stack([one.result().numpy() for one in values])
     return curves
 
 # %% ../../nbs/report/07_models.ipynb #81f57f40

@@ -22,8 +22,8 @@ from ..experiments.runs import Plan, victim_of
 from ..experiments.store import PACK, Store, classes_key, packed_files, sealed_tensors
 from ..lab.data.core import size_of
 from ..lab.models.kept import weights_file, weights_path
-from .exhibit import declared
-from .page import exhibits_here, offer_parameters
+from .notebooks import declared, exhibits_here
+from .page import offer_parameters
 from .plan import exhibit_of
 
 # %% ../../nbs/report/13_pack.ipynb #82a02be9

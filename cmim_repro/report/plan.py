@@ -12,7 +12,8 @@ from importlib import import_module
 from ..core import OneSentence, atomic_write, check_choice, command
 from ..experiments.runs import Plan
 from .exhibit import Exhibit
-from .page import exhibits_here, offer_parameters
+from .notebooks import exhibits_here
+from .page import offer_parameters
 
 # %% ../../nbs/report/12_plan.ipynb #8219f270
 def exhibit_of(

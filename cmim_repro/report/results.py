@@ -7,6 +7,7 @@ __all__ = ['PLACE', 'student_entries', 'results_frame', 'chosen', 'by_seed', 'st
            'rule_note', 'provenance_note']
 
 # %% ../../nbs/report/06_results.ipynb #8a748321
+import math
 from collections import Counter
 
 import numpy as np
@@ -77,6 +78,28 @@ PLACE = ['data', 'defense', 'teacher', 'student'] # of a row of Table 1
 _CELL = [*PLACE, 'column']
 
 
+def _scores(lines):
+    "Candidate to {seed: accuracy that chooses}, of finished runs."
+    found = {}
+    for choice, seed, _, _, score in lines:
+        if not math.isnan(score): found.setdefault(choice, {})[seed] = score
+    return found
+
+
+def _winner(cell, criterion):
+    "The best candidate on the seeds that all have finished; one that diverged with some seed is no candidate."
+    lines = list(zip(*(cell[c] for c in ('choice', 'seed', 'diverged', 'last', criterion)), strict=True))
+    lost, done = {line[0] for line in lines if line[2]}, [line for line in lines if not math.isnan(line[3])]
+    if not done: return lines[0][0]
+    scores = _scores([line for line in done if line[0] not in lost] or done)
+    if not scores:
+        raise Invalid("selection is 'clean', but these runs have no accuracy on images that only choose; make them "
+                      "again with -p renew True, or use selection 'paper'.")
+    shared = set.intersection(*map(set, scores.values()))
+    def mean(choice): return np.mean([v for seed, v in scores[choice].items() if seed in shared or not shared])
+    return max(scores, key=mean)
+
+# %% ../../nbs/report/06_results.ipynb #5c1b7e20
 def chosen(
     frame: pd.DataFrame, # As `results_frame` gives
     selection: str='clean', # clean: by held-out accuracy; paper: by test accuracy
@@ -88,21 +111,9 @@ def chosen(
     kept = []
     for _, cell in frame.groupby(_CELL, sort=False):
         if cell['choice'].nunique() > 1: cell = cell[cell['choice'] == _winner(cell, criterion)]
-        kept.append(cell)
-    return pd.concat(kept).assign(accuracy=lambda f: f[protocol], judged=lambda f: f.get('judged', f['last']))
-
-
-def _winner(cell, criterion):
-    "The best candidate on the seeds that all have finished; one that diverged with some seed is no candidate."
-    sound = cell[~cell.groupby('choice')['diverged'].transform('any')].dropna(subset='last')
-    done = sound if len(sound) else cell.dropna(subset='last')
-    if done.empty: return cell['choice'].iloc[0]
-    if done[criterion].isna().all():
-        raise Invalid("selection is 'clean', but these runs have no accuracy on images that only choose; make them "
-                      "again with -p renew True, or use selection 'paper'.")
-    scores = done.pivot_table(index='seed', columns='choice', values=criterion, sort=False)
-    shared = scores.dropna()
-    return (shared if len(shared) else scores).mean().idxmax()
+        kept += cell.index.tolist()
+    lines = frame.loc[kept]
+    return lines.assign(accuracy=lines[protocol], judged=lines['judged' if 'judged' in lines else 'last'])
 
 # %% ../../nbs/report/06_results.ipynb #a545fbef
 def by_seed(
@@ -110,7 +121,7 @@ def by_seed(
     value: str='accuracy', # Column with the value
 )->dict:
     "Seed to value, of the finished runs."
-    return lines.set_index('seed')[value].dropna().to_dict()
+    return {seed: found for seed, found in zip(lines['seed'], lines[value], strict=True) if not math.isnan(found)}
 
 
 def student_rows(

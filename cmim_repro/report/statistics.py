@@ -19,13 +19,17 @@ from ..core import Invalid, check_choice, check_number, keyed_seed
 from .paper import label
 
 # %% ../../nbs/report/02_statistics.ipynb #7d7d3916
+def _points(value): return math.nan if value is None else float(value)
+
+
 def paired_differences(
     student, # Seed to accuracy of the knockoff student, in per cent
     ls, # Seed to accuracy of the LS student, in per cent
 )->pd.Series:
     "Knockoff student minus LS student for every seed that both have finished, in points, ordered by seed."
-    student, ls = pd.Series(student, dtype=float).dropna(), pd.Series(ls, dtype=float).dropna()
-    return (student - ls).dropna().replace([math.inf, -math.inf], math.nan).dropna().sort_index()
+    student, ls = dict(student), dict(ls)
+    found = {seed: _points(student[seed]) - _points(ls[seed]) for seed in sorted({*student} & {*ls})}
+    return pd.Series({seed: gap for seed, gap in found.items() if math.isfinite(gap)}, dtype=float)
 
 # %% ../../nbs/report/02_statistics.ipynb #3114d59f
 def _spread(values):
