@@ -28,7 +28,8 @@ help: ## list the targets
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@echo 'Compiling what every process imports.'
-	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import nbdev.test, papermill, cmim_repro.report.exhibit, torchvision, ipykernel.kernelapp, sklearn.datasets, plotly.subplots'
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -c 'import nbdev.test, papermill, cmim_repro.report.exhibit, torchvision, ipykernel.kernelapp, sklearn.datasets'
+	@cd .venv/lib/python*/site-packages && ../../../bin/python -m compileall -q -j 0 plotly _plotly_utils matplotlib pandas PIL IPython
 	@$(BIN)/python -m compileall -q cmim_repro
 	@touch $@
 

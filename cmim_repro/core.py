@@ -12,7 +12,6 @@ __all__ = ['Invalid', 'Unusable', 'Damaged', 'unreadable', 'check_choice', 'chec
 import argparse
 import atexit
 import errno
-import gc
 import hashlib
 import importlib
 import inspect
@@ -107,7 +106,6 @@ def command(
     "The same command, which ends with 2 and one sentence where it raises `Invalid` or `OSError`."
     @wraps(main)
     def told(arguments=None)->int:
-        atexit.register(gc.freeze) # at the end of the process: what is there is not searched once more
         try: return main(arguments)
         except (Invalid, OSError) as error:
             print(f'error: {error}', file=sys.stderr)

@@ -33,7 +33,7 @@ def start_ahead(
     place = {'MPLBACKEND': _BACKEND, **os.environ, 'JPY_PARENT_PID': str(os.getpid())}
     process = subprocess.Popen([sys.executable, '-m', 'cmim_repro.report.kernel', module], stdin=subprocess.PIPE,
                                env=place, start_new_session=True)
-    atexit.register(process.kill)
+    for last in (process.kill, gc.freeze): atexit.register(last)
     _waiting[:] = [process]
 
 # %% ../../nbs/report/15_kernel.ipynb #6b4e8da3
@@ -50,7 +50,6 @@ def become_kernel(
     os.chdir(given['cwd'])
     os.environ.update(given['env'])
     sys.argv = [_LAUNCHER, *given['arguments']]
-    atexit.register(gc.freeze) # at its end, what is there is not searched for rings once more
     kernelapp.launch_new_instance()
 
 # %% ../../nbs/report/15_kernel.ipynb #79d6a98c
