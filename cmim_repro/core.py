@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Invalid', 'Unusable', 'Damaged', 'unreadable', 'check_choice', 'check_number', 'OneSentence', 'command',
            'check_batch', 'check_finite', 'check_log_probs', 'check_labels', 'as_tensor', 'full_precision', 'Registry',
-           'keyed_seed', 'keyed_generator', 'atomic_write', 'project_root', 'download_folder', 'default_store',
-           'usable_cores', 'alive']
+           'keyed_seed', 'keyed_generator', 'atomic_write', 'remove_unfinished', 'project_root', 'download_folder',
+           'default_store', 'usable_cores', 'alive']
 
 # %% ../nbs/00_core.ipynb #9033be4f
 import argparse
 import atexit
+import contextlib
 import errno
 import hashlib
 import importlib
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import pkgutil
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -331,6 +333,20 @@ def atomic_write(
         if temporary and os.path.exists(temporary): os.unlink(temporary)
         sentence = f'{path} cannot be written ({error.strerror}); free some space or choose another folder.'
         raise Unusable(sentence) from error
+
+# %% ../nbs/00_core.ipynb #5c1b7e41
+_UNFINISHED = re.compile(r'\..+\.(csv|md|tex|txt|html|svg|png|json|ipynb|failed)[a-z0-9_]{8}')
+
+
+def remove_unfinished(
+    folder, # Where tables and pictures are written
+    seconds=10., # Age from which a file is nobody's any more: writing one takes less
+):
+    "Remove the temporary files of processes that were killed while they wrote."
+    with contextlib.suppress(OSError): # one may only read there, or another process was faster
+        with tempfile.NamedTemporaryFile(dir=folder, prefix='.now') as probe: now = os.stat(probe.name).st_mtime
+        for path in Path(folder).iterdir():
+            if _UNFINISHED.fullmatch(path.name) and now - path.stat().st_mtime > seconds: path.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #a22c969e
 def project_root()->Path:

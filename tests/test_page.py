@@ -421,7 +421,7 @@ def test_files_that_a_killed_process_was_writing_are_removed_by_the_next(tmp_pat
     figures = tmp_path/'figures'
     exhibit = Exhibit('figure3', {'profile': 'smoke', 'store': str(tmp_path/'store'), 'figures': str(figures/'smoke')})
     monkeypatch.setattr(Exhibit, 'note', 'Nothing.')
-    ways = {figures/'smoke': exhibit.provenance, figures/'executed'/'smoke': lambda: draw('x', figures/'executed'/'smoke'/'run_table1.ipynb', {}, print),
+    ways = {figures/'smoke': exhibit.provenance, figures/'executed'/'smoke': lambda: draw('x.ipynb', figures/'executed'/'smoke'/'run_table1.ipynb', {}, print),
             figures: lambda: write_page(figures, tmp_path/'nbs', tmp_path/'results')}
     for folder, way in ways.items():
         spoil(folder)

@@ -25,7 +25,8 @@ import torch
 from IPython.display import HTML, Markdown, display
 
 from ..attacks.core import attack
-from ..core import Invalid, Unusable, atomic_write, check_choice, check_number, project_root
+from ..core import (
+    Invalid, Unusable, atomic_write, check_choice, check_number, project_root, remove_unfinished)
 from ..experiments.cost import estimate
 from ..experiments.execution import check_files, load_data, log_progress, read_settings
 from ..experiments.workers import compute, process_count, read_executor, torchrun_count
@@ -34,7 +35,7 @@ from ..experiments.profiles import profile as find_profile
 from ..experiments.runs import Plan
 from ..experiments.store import PACK, Store
 from .figures import Picture, save_picture
-from .formats import Table, html_table, remove_unfinished, save_table
+from .formats import Table, html_table, save_table
 from .models import confused_classes, model_curves, model_outputs, tuned
 from .notebooks import TOLD, declared, notebook_of
 from .paper import mark_note, our_label, printed_table, reconstructed

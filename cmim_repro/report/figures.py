@@ -264,6 +264,7 @@ def simplex_html(
 )->str:
     "A self-contained HTML page: output clusters of three classes, a panel for each model, a slider for the power."
     import plotly.graph_objects as go
+    from plotly.io import to_html
     from plotly.subplots import make_subplots
     if not models or not len(alphas): raise Invalid('Give at least one model and one power.')
     names, corners = [our_label(name) for name in models], _corner_names(classes, class_names)
@@ -276,9 +277,10 @@ def simplex_html(
         x, y, k = _plain(points[:, 0]), _plain(points[:, 1]), i % 3
         fig.add_trace(go.Scatter(x=x, y=y, mode='markers', name=corners[k], legendgroup=str(k), showlegend=i < 3,
                                  marker=dict(symbol=symbols[k], color=colors[k], size=6, opacity=.55)), 1, i // 3 + 1)
-    fig.update_layout(title=title, template='plotly_white', sliders=[_slider(alphas, coordinates, start, len(names))],
-                      height=560)
-    return fig.to_html(include_plotlyjs=True, full_html=True, include_mathjax=False, div_id='simplex')
+    fig.update_layout(title=title, template='plotly_white', height=560)
+    plain = fig.to_dict() # checked; the slider repeats the points for each power, and checking it takes longer than all
+    plain['layout']['sliders'] = [_slider(alphas, coordinates, start, len(names))]
+    return to_html(plain, include_plotlyjs=True, include_mathjax=False, div_id='simplex', validate=False)
 
 # %% ../../nbs/report/03_figures.ipynb #8e29fc78
 def sweep_figure(

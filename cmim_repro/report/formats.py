@@ -4,15 +4,10 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'FORMATS', 'Cell', 'arrow', 'runs_cell', 'cell_text', 'Table', 'to_frame', 'to_csv', 'to_markdown',
-           'to_latex', 'render', 'html_table', 'to_html', 'to_text', 'save_table', 'remove_unfinished']
+           'to_latex', 'render', 'html_table', 'to_html', 'to_text', 'save_table']
 
 # %% ../../nbs/report/04_formats.ipynb #f0350796
-import contextlib
-import os
-import re
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader
@@ -284,17 +279,3 @@ def save_table(
     paths = [f'{path}.{name}' for name in formats]
     for name, place in zip(formats, paths, strict=True): atomic_write(place, FORMATS[name](table))
     return paths
-
-# %% ../../nbs/report/04_formats.ipynb #b63f71cc
-_UNFINISHED = re.compile(r'\..+\.(csv|md|tex|txt|html|svg|png|json|ipynb|failed)[a-z0-9_]{8}')
-
-
-def remove_unfinished(
-    folder, # Where tables and pictures are written
-    seconds=10., # Age from which a file is nobody's any more: writing one takes less
-):
-    "Remove the temporary files of processes that were killed while they wrote."
-    with contextlib.suppress(OSError): # one may only read there, or another process was faster
-        with tempfile.NamedTemporaryFile(dir=folder, prefix='.now') as probe: now = os.stat(probe.name).st_mtime
-        for path in Path(folder).iterdir():
-            if _UNFINISHED.fullmatch(path.name) and now - path.stat().st_mtime > seconds: path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ __all__ = ['ABOUT', 'BESIDE', 'EARLIER', 'EXTRAS', 'FORMATS', 'draw', 'Shelf', '
 # %% ../../nbs/report/10_page.ipynb #b301ea84
 import sys
 
-from .kernel import kernel_manager, start_ahead
+from .kernel import imported, kernel_manager, start_ahead
 
 if __name__ == '__main__' and '__file__' in globals(): start_ahead(sys.argv[1:]) # before the imports that take time
 
@@ -30,8 +30,7 @@ from urllib.parse import quote
 
 import mistune
 
-from ..core import OneSentence, alive, atomic_write, check_choice, command, project_root
-from .formats import remove_unfinished, render
+from ..core import OneSentence, alive, atomic_write, check_choice, command, project_root, remove_unfinished
 from .notebooks import (
     TOLD, declared, exhibits, exhibits_here, failure, progress_line, read_notebook, story)
 
@@ -62,6 +61,7 @@ def _watch(stop, copy, tell, every=30.):
 def _execute(source, copy, parameters, tell):
     "Run a notebook in this process; a signal ends it with all that it has started."
     import papermill
+    imported()
     kernels = []
 
     def stop(*_):
@@ -286,6 +286,7 @@ def page_html(
     results, # Folder with committed results
 )->str:
     "The page as text; it needs no network, and the same files give the same page."
+    from cmim_repro.report.formats import render # with pandas, which running a notebook need not wait for
     found, items = shelves(figures, results), []
     for name, place in exhibits(notebooks).items():
         title, claim = story(read_notebook(place))

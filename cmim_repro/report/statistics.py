@@ -9,6 +9,7 @@ __all__ = ['VERDICTS', 'paired_differences', 't_interval', 'bootstrap_interval',
 
 # %% ../../nbs/report/02_statistics.ipynb #311620bf
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,12 +23,15 @@ from .paper import label
 def _points(value): return math.nan if value is None else float(value)
 
 
+def _runs(values): return values if isinstance(values, Mapping) else pd.Series(values, dtype=float).to_dict()
+
+
 def paired_differences(
     student, # Seed to accuracy of the knockoff student, in per cent
     ls, # Seed to accuracy of the LS student, in per cent
 )->pd.Series:
     "Knockoff student minus LS student for every seed that both have finished, in points, ordered by seed."
-    student, ls = dict(student), dict(ls)
+    student, ls = _runs(student), _runs(ls)
     found = {seed: _points(student[seed]) - _points(ls[seed]) for seed in sorted({*student} & {*ls})}
     return pd.Series({seed: gap for seed, gap in found.items() if math.isfinite(gap)}, dtype=float)
 
