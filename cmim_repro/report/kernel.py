@@ -75,7 +75,7 @@ def _hand_over(command, options):
     except OSError: return None # it has ended in between
     return process
 
-# %% ../../nbs/report/15_kernel.ipynb #bc836ec5
+
 def kernel_manager(
     started: list, # To which every manager is added that is made
 )->type:
