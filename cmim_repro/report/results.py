@@ -109,10 +109,10 @@ def chosen(
     check_choice('protocol', protocol, ('last', 'best'))
     criterion = {'clean': 'held_out', 'paper': protocol}[check_choice('selection', selection, ('clean', 'paper'))]
     kept = []
-    for _, cell in frame.groupby(_CELL, sort=False):
+    for _, cell in frame.assign(position=np.arange(len(frame))).groupby(_CELL, sort=False):
         if cell['choice'].nunique() > 1: cell = cell[cell['choice'] == _winner(cell, criterion)]
-        kept += cell.index.tolist()
-    lines = frame.loc[kept]
+        kept += cell['position'].tolist()
+    lines = frame.iloc[kept]
     return lines.assign(accuracy=lines[protocol], judged=lines['judged' if 'judged' in lines else 'last'])
 
 # %% ../../nbs/report/06_results.ipynb #a545fbef
